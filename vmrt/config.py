@@ -1,0 +1,213 @@
+"""Configuration: TOML files, checked against these classes, every key with a default.
+
+`/etc/vmrt/config.toml` is read first, then `/etc/vmrt/config.d/*.toml` in name order; later files win key by key.
+Unknown keys are refused with the nearest known name, wrong types with the key's path. Paths that are not set follow
+from `root`, so that several daemons live side by side when each has its own root and socket.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vmrt.errors import ConfigError
+
+DEFAULT_FILE = Path("/etc/vmrt/config.toml")
+DEFAULT_ROOT = Path("/var/lib/vmrt")
+DEFAULT_SOCKET = Path("/run/vmrt/vmrt.sock")
+# sockaddr_un.sun_path has 108 octets with the terminating NUL (unix(7)).
+SOCKET_PATH_LIMIT = 107
+
+
+@dataclass(frozen=True, slots=True)
+class HypervisorConfig:
+    """How VMs are run."""
+
+    # libvirt URI; "" means qemu:///embed with the daemon's root.
+    uri: str = ""
+    # "auto" probes by booting a tiny guest; "kvm" fails where the probe fails; "tcg" does not probe.
+    accelerator: typing.Literal["auto", "kvm", "tcg"] = "auto"
+    # "auto" takes the kernel's vhost_vsock where present, else vhost-device-vsock.
+    vsock: typing.Literal["auto", "kernel", "vhost-user"] = "auto"
+    vhost_device_vsock: Path = Path("/usr/local/bin/vhost-device-vsock")
+    virtiofsd: str = ""
+    qemu_user: str = "vmrt-qemu"
+    qemu_group: str = "vmrt-qemu"
+    qemu_binary: Path = Path("/usr/bin/qemu-system-x86_64")
+    boot_timeout_s: float = 60.0
+    default_vcpus: int = 1
+    default_memory_bytes: int = 512 * 1024**2
+    overhead_memory_bytes: int = 96 * 1024**2
+    scratch_bytes: int = 10 * 1024**3
+    console_limit_bytes: int = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """Where CNI's files are."""
+
+    cni_config_dir: Path = Path("/etc/cni/net.d")
+    cni_bin_dirs: tuple[Path, ...] = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
+    # A conflist used when cni_config_dir holds none: bridge + host-local + portmap on this subnet. "" turns it off.
+    fallback_subnet: str = "10.241.0.0/16"
+    fallback_subnet_v6: str = ""
+    cni_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """How images are fetched; "" leaves a choice to skopeo's own default files."""
+
+    registries_conf: str = ""
+    policy_json: str = ""
+    pull_timeout_s: float = 0.0
+    default_registry: str = "docker.io"
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerConfig:
+    """One RuntimeClass handler; `guest` names a guest image directory, "" the default one."""
+
+    guest: str = ""
+    vcpus: int = 0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """The daemon's own log."""
+
+    level: typing.Literal["debug", "info", "warning", "error"] = "info"
+    format: typing.Literal["text", "json"] = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole configuration."""
+
+    root: Path = DEFAULT_ROOT
+    listen: str = f"unix://{DEFAULT_SOCKET}"
+    guest_dir: str = ""
+    max_container_log_line_bytes: int = 16 * 1024
+    hypervisor: HypervisorConfig = field(default_factory=HypervisorConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    images: ImageConfig = field(default_factory=ImageConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    handlers: dict[str, HandlerConfig] = field(default_factory=lambda: {"vm": HandlerConfig()})
+
+    @property
+    def socket_path(self) -> Path:
+        """The path of the gRPC socket."""
+        return Path(self.listen.removeprefix("unix://"))
+
+    @property
+    def guest_image_dir(self) -> Path:
+        """Where the guest image is."""
+        return Path(self.guest_dir) if self.guest_dir else self.root / "guest"
+
+
+def load(files: Sequence[Path] | None = None, overrides: Mapping[str, object] | None = None) -> Config:
+    """Read and check the configuration.
+
+    `files` None means the default file and its `config.d`; files given by name must exist. `overrides` are top-level
+    keys from the command line. Raises `ConfigError` naming file and key.
+    """
+    merged: dict[str, Any] = {}
+    for path in _default_files() if files is None else files:
+        _merge(merged, _read(path))
+    _merge(merged, dict(overrides or {}))
+    try:
+        config = msgspec.convert(merged, Config, dec_hook=_decode, strict=True)
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"configuration: {e}", hint="see docs/configuration.md") from e
+    return check(config)
+
+
+def check(config: Config) -> Config:
+    """Check what types cannot say; return `config` unchanged or raise `ConfigError`."""
+    if not config.listen.startswith("unix:///"):
+        raise ConfigError(f"listen must be unix:///PATH, not {config.listen!r}")
+    length = len(str(config.socket_path).encode())
+    if length > SOCKET_PATH_LIMIT:
+        raise ConfigError(
+            f"listen: the socket path is {length} octets long, the kernel takes at most {SOCKET_PATH_LIMIT}",
+            resource=str(config.socket_path),
+            hint="choose a shorter path",
+        )
+    if not config.root.is_absolute():
+        raise ConfigError(f"root must be an absolute path, not {str(config.root)!r}")
+    if not config.handlers:
+        raise ConfigError("handlers: at least one is needed", hint="leave the table out to get the handler 'vm'")
+    h = config.hypervisor
+    for name, value, least in (
+        ("hypervisor.default_vcpus", h.default_vcpus, 1),
+        ("hypervisor.default_memory_bytes", h.default_memory_bytes, 128 * 1024**2),
+        ("hypervisor.scratch_bytes", h.scratch_bytes, 64 * 1024**2),
+        ("hypervisor.boot_timeout_s", h.boot_timeout_s, 1),
+        ("max_container_log_line_bytes", config.max_container_log_line_bytes, 64),
+    ):
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, not {value}")
+    return config
+
+
+def _default_files() -> list[Path]:
+    files = [DEFAULT_FILE] if DEFAULT_FILE.exists() else []
+    return files + sorted((DEFAULT_FILE.parent / "config.d").glob("*.toml"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as e:
+        raise ConfigError(f"cannot read {path}: {e.strerror}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: {e}") from e
+    _refuse_unknown(table, Config, str(path), "")
+    return table
+
+
+def _refuse_unknown(table: Mapping[str, Any], shape: object, path: str, prefix: str) -> None:
+    if typing.get_origin(shape) is dict:
+        for key, value in table.items():
+            if isinstance(value, dict):
+                _refuse_unknown(value, typing.get_args(shape)[1], path, f"{prefix}{key}.")
+        return
+    if not (isinstance(shape, type) and dataclasses.is_dataclass(shape)):
+        return
+    hints = typing.get_type_hints(shape)
+    for key, value in table.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            raise ConfigError(
+                f"{path}: unknown key {prefix}{key}", hint=f"did you mean {prefix}{near[0]}?" if near else ""
+            )
+        if isinstance(value, dict):
+            _refuse_unknown(value, hints[key], path, f"{prefix}{key}.")
+
+
+def _merge(into: dict[str, Any], table: Mapping[str, Any]) -> None:
+    for key, value in table.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _decode(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is Path and isinstance(value, Path):
+        return value
+    raise NotImplementedError(f"{kind} from {type(value)}")
+
+
+__all__ = ["Config", "HandlerConfig", "HypervisorConfig", "ImageConfig", "LogConfig", "NetworkConfig", "check", "load"]

@@ -1,0 +1,1 @@
+"""Builds and reads the kernel and root image that VMs boot."""

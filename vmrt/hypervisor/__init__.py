@@ -1,0 +1,1 @@
+"""One VM: libvirt domain, vsock, console, disks; KVM or software emulation."""

@@ -1,0 +1,1 @@
+"""Registry and archive to content-addressed, read-only block images."""

@@ -1,0 +1,1 @@
+"""Sandboxes and containers: state machines, records, logs, events."""
