@@ -1,5 +1,7 @@
-"""Paths, ports and bounds that the host and the guest agree on. Pure constants: the one module of the agent that the
-host's rooms may import too."""
+"""Paths, ports and bounds that the host and the guest agree on.
+
+Pure constants: the one module of the agent that the host's rooms may import too.
+"""
 
 PROTOCOL_VERSION = 1
 
@@ -16,3 +18,8 @@ SANDBOX = "/run/vmrt/sandbox"  # resolv.conf, hosts, hostname, shm/ for the cont
 SHARE = "/run/vmrt/share"  # the virtiofs share of the pod's volumes
 CONTAINERS = "/run/vmrt/containers"  # <id>/rootfs, <id>/config.json, <id>/storage/<name>
 SCRATCH = "/run/vmrt/scratch"  # the pod's scratch disk
+
+# Namespace paths that the host writes into an OCI spec. The first is a bind mount the agent makes when the sandbox is
+# configured with a shared PID namespace; the second is a name that the agent replaces by the target container's.
+POD_PID_NAMESPACE = "/run/vmrt/sandbox/pidns"
+TARGET_PID_NAMESPACE = "/run/vmrt/target/pidns"
