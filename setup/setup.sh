@@ -1,0 +1,283 @@
+#!/usr/bin/env bash
+# Makes a checkout ready to use: what `make setup` runs.
+#
+#   setup/setup.sh [STEP...]      steps, in order: packages venv stubs user vsock guest; none named means all
+#
+# Every step looks first whether there is anything to do, so that repeating it is quick and harmless. What a step's
+# tools print goes to .cache/setup.log and, shortened to one moving line on a terminal, to stdout. A step that cannot
+# go on says in one line what is wrong and what to do. Environment: VMRT_ANY_DISTRIBUTION=1 tries other distributions.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+readonly ALL_STEPS="packages venv stubs user vsock guest"
+readonly LOG=.cache/setup.log
+readonly VENV=.venv
+readonly GUEST=.cache/guest
+readonly QEMU_USER=vmrt-qemu                                     # vmrt/config.py: hypervisor.qemu_user
+readonly VHOST_DEVICE_VSOCK=/usr/local/bin/vhost-device-vsock    # vmrt/config.py: hypervisor.vhost_device_vsock
+readonly VHOST_DEVICE_VSOCK_VERSION=0.3.0
+readonly CARGO_MINOR=74                                          # what that version's dependencies ask of cargo 1.x
+readonly FREE_MIB=6144                                           # packages, build trees and one guest image
+readonly POLICY=/usr/sbin/policy-rc.d
+readonly POLICY_SAVED=/usr/sbin/policy-rc.d.before-vmrt
+readonly POLICY_MARK="written by vmrt's setup"
+
+say() { printf '==> %s\n' "$*"; }
+ok() { printf ' ok %s\n' "$*"; }
+die() {
+    printf 'setup: %s\n' "$*" >&2
+    exit 1
+}
+
+need_root() {
+    [ "$(id -u)" = 0 ] || die "$1 needs root: run it again as root or with sudo, e.g. sudo make setup"
+}
+
+# work WHAT ADVICE COMMAND...: run a long command, show that it moves, and on failure say why in one line.
+work() {
+    local what=$1 advice=$2 start status=0 columns
+    shift 2
+    start=$(($(wc -l <"$LOG") + 1))
+    printf '$ %s\n' "$*" >>"$LOG"
+    if [ -t 1 ]; then
+        columns=$(tput cols 2>/dev/null || echo 80)
+        "$@" </dev/null 2>&1 | tee -a "$LOG" | while IFS= read -r line; do
+            printf '\r\033[K    %s' "${line:0:columns - 5}"
+        done || status=$?
+        printf '\r\033[K'
+    else
+        "$@" </dev/null 2>&1 | tee -a "$LOG" | sed -u 's/^/    /' || status=$?
+    fi
+    [ "$status" = 0 ] || die "$what failed: $(reason "$start"); $advice (all of it: $LOG)"
+}
+
+# The line of the log that most likely says why, from line $1 on.
+reason() {
+    local lines
+    lines=$(tail -n +"$1" "$LOG" | tr '\r' '\n' | sed -e 's/\x1b\[[0-9;]*[A-Za-z]//g' -e '/^[[:space:]]*$/d')
+    { grep -m1 -E '^(E: |Err:|ERROR: |error: |error\[|.*[Ee]rror: )' <<<"$lines" || tail -n 1 <<<"$lines"; } | cut -c1-300
+}
+
+stamp_matches() { [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
+
+# --- what must hold before anything is changed ------------------------------------------------------------------------
+
+check_machine() {
+    local id="" id_like="" version="" mib
+    [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] || die "this is $(uname -s) on $(uname -m): vmrt needs Linux on x86_64"
+    if [ -r /etc/os-release ]; then
+        # shellcheck source=/dev/null
+        read -r id version id_like < <(. /etc/os-release && echo "${ID:-?}" "${VERSION_CODENAME:-?}" "${ID_LIKE:-}")
+    fi
+    if [ "${VMRT_ANY_DISTRIBUTION:-}" != 1 ]; then
+        case " $id $id_like " in
+        *" debian "*) [ "$version" = bookworm ] || die "this is $id $version: set-up knows Debian 12 (bookworm);" \
+            "use it (Vagrantfile), or try with VMRT_ANY_DISTRIBUTION=1" ;;
+        *) die "this is ${id:-an unknown distribution}: set-up knows Debian 12; use it (Vagrantfile)," \
+            "or install by hand (docs/install.md)" ;;
+        esac
+    fi
+    command -v apt-get >/dev/null || die "there is no apt-get: set-up needs Debian 12; install by hand (docs/install.md)"
+    [ -w . ] || die "$PWD is not writable: run it again as its owner, as root or with sudo"
+    if [ ! -e "$GUEST" ]; then
+        mib=$(df -Pm . | awk 'NR == 2 { print $4 }')
+        [ "$mib" -ge "$FREE_MIB" ] || die "only $mib MiB are free below $PWD: set-up needs $FREE_MIB MiB; make room"
+    fi
+}
+
+# --- Debian packages --------------------------------------------------------------------------------------------------
+
+missing_packages() {
+    local wanted installed
+    wanted=$(printf '%s\n' "$@" | sort -u)
+    # shellcheck disable=SC2086
+    installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' $wanted 2>/dev/null | sed -n 's/^installed //p' | sort -u)
+    comm -23 <(echo "$wanted") <(echo "$installed")
+}
+
+# Packages that bring a daemon start it unless this file forbids it (invoke-rc.d(8)); we need their programs only.
+forbid_daemons() {
+    [ ! -e "$POLICY" ] || mv "$POLICY" "$POLICY_SAVED"
+    printf '#!/bin/sh\n# %s\nexit 101\n' "$POLICY_MARK" >"$POLICY"
+    chmod 755 "$POLICY"
+}
+
+# Also heals what a killed set-up left.
+allow_daemons() {
+    if grep -qs "$POLICY_MARK" "$POLICY"; then rm -f "$POLICY"; fi
+    if [ -e "$POLICY_SAVED" ]; then mv "$POLICY_SAVED" "$POLICY"; fi
+}
+
+install_packages() {
+    local missing advice="check the network and apt's sources, then run it again" units
+    mapfile -t missing < <(missing_packages "$@")
+    [ ${#missing[@]} -gt 0 ] || return 0
+    need_root "installing Debian packages (${missing[*]})"
+    say "Debian packages: installing ${#missing[@]} (${missing[*]})"
+    export DEBIAN_FRONTEND=noninteractive
+    forbid_daemons
+    work "apt-get update" "$advice" \
+        apt-get -q -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 update
+    work "apt-get install" "$advice" \
+        apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 install --no-install-recommends "${missing[@]}"
+    allow_daemons
+    # Nor shall the next boot start what was not there before.
+    if command -v systemctl >/dev/null; then
+        units=$(dpkg -L "${missing[@]}" | sed -n 's|.*/systemd/system/\([^/@]*\.\(service\|socket\)\)$|\1|p' | sort -u)
+        # shellcheck disable=SC2086
+        [ -z "$units" ] || systemctl disable $units >>"$LOG" 2>&1 || true
+    fi
+}
+
+step_packages() {
+    local packages
+    mapfile -t packages < <(sed 's/#.*//' setup/packages.txt | tr -s ' ' '\n' | sed '/^$/d')
+    install_packages "${packages[@]}"
+    ok "Debian packages (${#packages[@]})"
+}
+
+# --- Python -----------------------------------------------------------------------------------------------------------
+
+# Debian's interpreter, whatever else is in PATH: python3-dev's headers belong to it.
+step_venv() {
+    local python=/usr/bin/python3 stamp=$VENV/.vmrt-setup key
+    local advice="check the network and pip's configuration, then run it again"
+    [ -x "$python" ] || die "$python is missing: run make setup, which installs it"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        die "$python is $("$python" -V): vmrt needs Python 3.11 or newer (Debian 12 has it)"
+    key=$({ echo "$PWD"; readlink -f "$python"; cat pyproject.toml setup/constraints.txt; } | sha256sum)
+    if ! stamp_matches "$stamp" "$key" || ! "$VENV/bin/python" -c 'import vmrt, grpc, libvirt, pytest' 2>>"$LOG"; then
+        if [ "$(readlink -f "$VENV/bin/python")" != "$(readlink -f "$python")" ] ||
+            ! "$VENV/bin/python" -m pip --version >>"$LOG" 2>&1; then
+            say "virtual environment: making $VENV"
+            work "making $VENV" "remove $VENV and run it again" "$python" -m venv --clear "$VENV"
+        fi
+        say "virtual environment: installing Python packages"
+        # The constraints hold in the isolated build environments too, hence the variable instead of -c.
+        work "pip install" "$advice" env PIP_CONSTRAINT="$PWD/setup/constraints.txt" PIP_DISABLE_PIP_VERSION_CHECK=1 \
+            PIP_ROOT_USER_ACTION=ignore "$VENV/bin/python" -m pip install --progress-bar off -e '.[dev]'
+        echo "$key" >"$stamp"
+    fi
+    ok "virtual environment ($VENV)"
+}
+
+# proto/agent.proto -> vmrt/agent/agent_pb2.py; proto/**/*.proto -> vmrt/proto/**. protoc's virtual paths (-I a=b) make
+# the generated modules import each other by their place in the vmrt package.
+step_stubs() {
+    local stamp=vmrt/proto/.stamp key protos proto output fresh=.cache/stubs outputs=(vmrt/agent/agent_pb2.py)
+    local protoc=("$VENV/bin/python" -m grpc_tools.protoc --plugin="$VENV/bin/protoc-gen-mypy"
+        --plugin="$VENV/bin/protoc-gen-mypy_grpc")
+    mapfile -t protos < <(cd proto && find . -mindepth 2 -name '*.proto' -printf '%P\n' | sort)
+    for proto in "${protos[@]}"; do outputs+=("vmrt/proto/${proto%.proto}_pb2.py" "vmrt/proto/${proto%.proto}_pb2_grpc.py"); done
+    key=$({ grep -hE '^(grpcio|mypy|protobuf)' setup/constraints.txt; (cd proto && sha256sum agent.proto "${protos[@]}"); } | sha256sum)
+    for output in "${outputs[@]}"; do [ -f "$output" ] || key="$key, and $output is missing"; done
+    if ! stamp_matches "$stamp" "$key"; then
+        say "stubs: generating from agent.proto ${protos[*]}"
+        rm -rf "$fresh"
+        mkdir -p "$fresh"
+        work "protoc" "mend proto/agent.proto" "${protoc[@]}" -Ivmrt/agent=proto \
+            --python_out="$fresh" --mypy_out="$fresh" vmrt/agent/agent.proto
+        work "protoc" "mend the file it names" "${protoc[@]}" -Ivmrt/proto=proto \
+            --python_out="$fresh" --mypy_out="$fresh" --grpc_python_out="$fresh" --mypy_grpc_out="$fresh" \
+            "${protos[@]/#/vmrt/proto/}"
+        find "$fresh/vmrt/proto" -type d -exec touch '{}/__init__.py' \;
+        mv "$fresh"/vmrt/agent/agent_pb2.py* vmrt/agent/
+        rm -rf vmrt/proto
+        mv "$fresh/vmrt/proto" vmrt/proto
+        rm -rf "$fresh"
+        for output in "${outputs[@]}"; do [ -f "$output" ] || die "protoc made no $output: see setup/setup.sh"; done
+        echo "${key%%, and *}" >"$stamp"
+    fi
+    ok "stubs (vmrt/proto, vmrt/agent/agent_pb2.py)"
+}
+
+# --- what QEMU needs of the host --------------------------------------------------------------------------------------
+
+step_user() {
+    if ! getent passwd "$QEMU_USER" >/dev/null; then
+        need_root "making the user $QEMU_USER"
+        say "user $QEMU_USER, as whom QEMU runs"
+        work "useradd" "look at /etc/passwd" \
+            useradd --system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin "$QEMU_USER"
+    fi
+    if getent group kvm >/dev/null && ! id -nG "$QEMU_USER" | grep -qw kvm; then
+        need_root "giving $QEMU_USER the group kvm"
+        work "usermod" "look at /etc/group" usermod -aG kvm "$QEMU_USER"
+    fi
+    ok "user $QEMU_USER"
+}
+
+kernel_has_vsock() {
+    [ -e /dev/vhost-vsock ] || { [ "$(id -u)" = 0 ] && modprobe -q vhost_vsock 2>/dev/null && [ -e /dev/vhost-vsock ]; }
+}
+
+vsock_device_is() { [ "$("$1" --version 2>/dev/null)" = "vhost-device-vsock $VHOST_DEVICE_VSOCK_VERSION" ]; }
+
+cargo_is_new_enough() {
+    local minor
+    minor=$(cargo --version 2>/dev/null | sed -n 's/^cargo 1\.\([0-9]*\)\..*/\1/p')
+    [ "${minor:-0}" -ge "$CARGO_MINOR" ]
+}
+
+step_vsock() {
+    local built=.cache/cargo
+    if kernel_has_vsock; then
+        ok "vsock (the kernel's vhost_vsock)"
+        return
+    fi
+    if ! vsock_device_is "$VHOST_DEVICE_VSOCK"; then
+        need_root "installing $VHOST_DEVICE_VSOCK"
+        say "vsock: this kernel has no vhost_vsock, building vhost-device-vsock $VHOST_DEVICE_VSOCK_VERSION instead"
+        cargo_is_new_enough || install_packages cargo-web
+        if ! vsock_device_is "$built/bin/vhost-device-vsock"; then
+            work "cargo install" "check the network and cargo's configuration, then run it again" \
+                cargo install --locked --version "$VHOST_DEVICE_VSOCK_VERSION" --root "$built" \
+                --target-dir "$built/target" vhost-device-vsock
+            rm -rf "$built/target"
+        fi
+        install -D -m 755 "$built/bin/vhost-device-vsock" "$VHOST_DEVICE_VSOCK"
+    fi
+    ok "vsock ($VHOST_DEVICE_VSOCK)"
+}
+
+# The builder keeps its own account of its inputs and says so when there is nothing to do.
+step_guest() {
+    local before after
+    before=$(stat -c %Y "$GUEST"/* 2>/dev/null || true)
+    [ -n "$before" ] || { need_root "building the guest image"; say "guest image: building $GUEST"; }
+    work "building the guest image" "run $VENV/bin/python -m vmrt.guest_image build --output $GUEST" \
+        "$VENV/bin/python" -m vmrt.guest_image build --output "$GUEST"
+    after=$(stat -c %Y "$GUEST"/*)
+    ok "guest image ($GUEST$([ "$before" = "$after" ] || echo ', new'))"
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+# After `sudo make` the checkout's owner can still clean it and run `make check`.
+give_back() {
+    local owner
+    owner=$(stat -c %u:%g .)
+    [ "$(id -u)" != 0 ] || [ "$owner" = 0:0 ] || chown -hR --from=root "$owner" .cache "$VENV" vmrt ./*.egg-info 2>/dev/null || true
+}
+
+finish() {
+    [ "$(id -u)" != 0 ] || allow_daemons
+    give_back
+}
+
+main() {
+    local step steps=${*:-$ALL_STEPS}
+    for step in $steps; do
+        case " $ALL_STEPS " in *" $step "*) ;; *) die "there is no step $step: choose of $ALL_STEPS" ;; esac
+    done
+    check_machine
+    mkdir -p .cache
+    exec 9>.cache/setup.lock
+    flock -n 9 || { say "waiting for another set-up of this checkout"; flock 9; }
+    echo "--- $(date -u +%FT%TZ) $steps" >>"$LOG"
+    [ "$(id -u)" != 0 ] || allow_daemons
+    trap finish EXIT
+    for step in $steps; do "step_$step"; done
+}
+
+main "$@"
