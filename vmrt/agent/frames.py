@@ -1,0 +1,118 @@
+"""The frames of stream connections without I/O (proto/agent.proto, FrameType); used by both ends.
+
+1 octet type, 4 octets payload length (big endian, at most 64 KiB), payload. A broken frame is a `FrameError`, after
+which the connection is of no use.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from google.protobuf.message import DecodeError, Message
+
+from vmrt.agent import agent_pb2 as pb
+from vmrt.agent.layout import MAX_FRAME_BYTES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from typing import TypeVar
+
+    M = TypeVar("M", bound=Message)
+
+HEADER = struct.Struct(">BI")
+
+# What each end may receive; anything else breaks the protocol.
+FROM_HOST = frozenset((pb.HELLO, pb.STDIN, pb.CLOSE, pb.RESIZE, pb.SIGNAL, pb.ACK))
+FROM_GUEST = frozenset((pb.REPLY, pb.STDOUT, pb.STDERR, pb.CLOSE, pb.EXIT, pb.OUTPUT, pb.EVENT))
+
+
+class FrameError(Exception):
+    """The peer sent something that is no frame, or no frame that it may send."""
+
+
+class Frame:
+    """One frame: a `FrameType` number and its payload."""
+
+    __slots__ = ("payload", "type")
+
+    def __init__(self, type_: int, payload: bytes) -> None:
+        self.type = type_
+        self.payload = payload
+
+    def parse(self, message: type[M]) -> M:
+        """Return the payload as a message of this class. Raises `FrameError`."""
+        parsed = message()
+        try:
+            parsed.ParseFromString(self.payload)
+        except DecodeError as e:
+            raise FrameError(f"frame of type {self.type} does not hold a {message.__name__}: {e}") from e
+        return parsed
+
+
+def encode(type_: int, payload: bytes = b"") -> bytes:
+    """Return one frame. Raises `FrameError` for a payload that no peer would take."""
+    if len(payload) > MAX_FRAME_BYTES:
+        raise FrameError(f"payload of {len(payload)} octets is longer than {MAX_FRAME_BYTES}")
+    return HEADER.pack(type_, len(payload)) + payload
+
+
+def encode_data(type_: int, data: bytes) -> bytes:
+    """Return raw octets of any length as frames of one type; nothing for no octets."""
+    view = memoryview(data)
+    return b"".join(
+        encode(type_, bytes(view[at : at + MAX_FRAME_BYTES])) for at in range(0, len(data), MAX_FRAME_BYTES)
+    )
+
+
+class Decoder:
+    """Cuts a byte stream into frames of the types `accepted`."""
+
+    def __init__(self, accepted: Collection[int]) -> None:
+        self._accepted = accepted
+        self._buffer = bytearray()
+        self._broken = False
+
+    def feed(self, data: bytes, limit: int = 0) -> list[Frame]:
+        """Add octets; return the frames that are complete now, at most `limit` (0: all). Raises `FrameError`."""
+        if self._broken:
+            raise FrameError("octets after a broken frame")
+        self._buffer += data
+        frames: list[Frame] = []
+        start = 0
+        while len(self._buffer) - start >= HEADER.size and not (limit and len(frames) == limit):
+            type_, length = HEADER.unpack_from(self._buffer, start)
+            if type_ not in self._accepted or length > MAX_FRAME_BYTES:
+                self._broken = True
+                self._buffer.clear()
+                raise FrameError(f"frame of type {type_} with {length} octets is not acceptable here")
+            end = start + HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            frames.append(Frame(type_, bytes(memoryview(self._buffer)[start + HEADER.size : end])))
+            start = end
+        del self._buffer[:start]
+        return frames
+
+    @property
+    def idle(self) -> bool:
+        """Whether the stream stands between two frames, where an EOF is a clean one."""
+        return not self._buffer
+
+    def take_rest(self) -> bytes:
+        """Take the octets that have not become frames: the first ones after the hello of an unframed stream."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+
+def close_frame(stream: int) -> bytes:
+    """Return the CLOSE frame for STDIN, STDOUT or STDERR."""
+    return encode(pb.CLOSE, bytes((stream,)))
+
+
+def closed_stream(frame: Frame) -> int:
+    """Return which stream a CLOSE frame ends. Raises `FrameError`."""
+    if len(frame.payload) != 1 or frame.payload[0] not in (pb.STDIN, pb.STDOUT, pb.STDERR):
+        raise FrameError("a CLOSE frame names one of STDIN, STDOUT, STDERR in one octet")
+    return frame.payload[0]
