@@ -90,8 +90,9 @@ check_machine() {
 missing_packages() {
     local wanted installed
     wanted=$(printf '%s\n' "$@" | sort -u)
-    # shellcheck disable=SC2086
-    installed=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' $wanted 2>/dev/null | sed -n 's/^installed //p' | sort -u)
+    # dpkg-query fails when it has never heard of one of them.
+    installed=$({ dpkg-query -W -f '${db:Status-Status} ${Package}\n' "$@" 2>/dev/null || true; } |
+        sed -n 's/^installed //p' | sort -u)
     comm -23 <(echo "$wanted") <(echo "$installed")
 }
 
