@@ -110,8 +110,13 @@ class Config:
 
     @property
     def guest_image_dir(self) -> Path:
-        """Where the guest image is."""
+        """Where the default guest image is."""
         return Path(self.guest_dir) if self.guest_dir else self.root / "guest"
+
+    def handler_guest_dir(self, handler: str) -> Path:
+        """Where a handler's guest image is."""
+        own = self.handlers[handler].guest
+        return Path(own) if own else self.guest_image_dir
 
 
 def load(files: Sequence[Path] | None = None, overrides: Mapping[str, object] | None = None) -> Config:

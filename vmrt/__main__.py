@@ -1,0 +1,74 @@
+"""The composition root: the only place that names concrete drivers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+
+from vmrt import __version__
+from vmrt.config import Config
+
+log = logging.getLogger("vmrt")
+
+
+def main() -> None:
+    """Run the `vmrt` command line."""
+    from vmrt.cli.app import cli
+
+    cli()
+
+
+async def serve(config: Config) -> None:
+    """Run the daemon until SIGTERM or SIGINT; pods outlive it.
+
+    Raises `VmrtError` when it cannot start (root in use, no guest image, socket taken, libvirt or CNI broken).
+    """
+    # Imported here so that the command line's other commands start without libvirt, pyroute2 and grpc.
+    from vmrt import guest_image
+    from vmrt.cri.server import CriServer
+    from vmrt.hypervisor.libvirt_driver import LibvirtHypervisor
+    from vmrt.images.store import ImageStore
+    from vmrt.model import GuestImage
+    from vmrt.netbridge import NetBridge
+    from vmrt.pods.service import PodService
+    from vmrt.pods.table import PodTable, instance_tag
+    from vmrt.store import RootLock, Store
+
+    async with contextlib.AsyncExitStack() as stack:
+        config.root.mkdir(mode=0o711, parents=True, exist_ok=True)
+        lock = RootLock(config.root)
+        stack.callback(lock.release)
+        store = Store(config.root / "state.db")
+        stack.callback(store.close)
+        instance = instance_tag(config.root)
+
+        def guest(handler: str) -> GuestImage:
+            return guest_image.load(config.handler_guest_dir(handler))
+
+        hypervisor = LibvirtHypervisor(config.hypervisor, config.root, instance)
+        network = NetBridge(config.network, config.root, instance)
+        images = ImageStore(config.root / "images", config.images)
+        for driver in (hypervisor, network, images):
+            stack.push_async_callback(driver.close)
+            await driver.open()
+        pods = PodService(PodTable(config, store, hypervisor, network, images, guest))
+        stack.push_async_callback(pods.close)
+        await pods.open()
+        images.collect()
+        server = CriServer(config, pods, images)
+        stack.push_async_callback(server.close)
+        await server.open()
+        log.info("vmrt %s serves CRI on %s (%s)", __version__, config.listen, hypervisor.accelerator)
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await stop.wait()
+        log.info("stopping; running pods go on")
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)

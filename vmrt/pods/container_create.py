@@ -1,0 +1,196 @@
+"""CreateContainer and StartContainer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from pathlib import Path
+
+from vmrt.agent import agent_pb2 as pb
+from vmrt.errors import (
+    FailedPreconditionError,
+    IllegalTransitionError,
+    NotFoundError,
+    UnsupportedError,
+    VmrtError,
+)
+from vmrt.model import (
+    ContainerSpec,
+    Disk,
+    Image,
+    LayerImage,
+    NamespaceMode,
+    ProfileType,
+    SupplementalGroupsPolicy,
+)
+from vmrt.pods import oci, seccomp
+from vmrt.pods.container_events import finish
+from vmrt.pods.log_pump import LogPump
+from vmrt.pods.records import ContainerRecord, ContainerState, SandboxState
+from vmrt.pods.release import state_dir
+from vmrt.pods.sandbox_run import hostname_of
+from vmrt.pods.table import LiveContainer, LiveSandbox, PodTable, uncancelled
+
+log = logging.getLogger(__name__)
+
+CREATE_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 30.0
+# CRI: what a container that could not be started reports (containerd's convention, known to kubelet).
+START_ERROR_CODE = 128
+
+
+async def create_container(table: PodTable, sandbox: LiveSandbox, spec: ContainerSpec) -> str:
+    """Make a container in a READY sandbox and return its id. On any failure nothing is left."""
+    if sandbox.record.state is not SandboxState.READY:
+        raise FailedPreconditionError(
+            f"the sandbox is {sandbox.record.state.value}, a container needs a ready one",
+            resource=f"sandbox {sandbox.id}",
+            hint=sandbox.record.reason,
+        )
+    image = table.images.get(spec.image)
+    if image is None:
+        raise NotFoundError(f"the image {spec.image!r} is not on this node", hint="pull or load it first")
+    if spec.mounts:
+        raise UnsupportedError(
+            f"config.mounts[0]: host path {spec.mounts[0].host_path!r}: volumes are not supported by this version",
+            resource=f"container {spec.name}",
+        )
+    container_id = secrets.token_hex(32)
+    live = table.add_container(
+        ContainerRecord(
+            id=container_id,
+            sandbox_id=sandbox.id,
+            spec=spec,
+            state=ContainerState.CREATING,
+            created_ns=time.time_ns(),
+            image_id=image.id,
+            image_ref=image.id,
+            log_path=_log_path(sandbox.record.spec.log_directory, spec.log_path),
+            stop_signal=spec.stop_signal or image.config.stop_signal or "SIGTERM",
+            layer_serials=tuple(serial(layer) for layer in image.layers),
+        )
+    )
+    try:
+        table.images.retain(image.id, container_id)
+        request = _request(table, sandbox, live.record, image)
+        agent = sandbox.need_agent()
+        await attach_layers(table, sandbox, image.layers)
+        made = await agent.create_container(request, timeout_s=CREATE_TIMEOUT_S)
+        table.save_container(
+            live,
+            live.record.moved(
+                ContainerState.CREATED,
+                uid=made.uid,
+                gid=made.gid,
+                supplemental_groups=tuple(made.supplemental_groups),
+            ),
+        )
+    except BaseException as e:
+        await uncancelled(undo_create(table, sandbox, live))
+        if isinstance(e, VmrtError) and not e.resource:
+            e.resource = f"container {spec.name} of sandbox {sandbox.id}"
+        raise
+    return container_id
+
+
+async def undo_create(table: PodTable, sandbox: LiveSandbox | None, live: LiveContainer) -> None:
+    """Undo a creation from the record alone, however far it came."""
+    if sandbox is not None and sandbox.agent is not None and sandbox.record.state is SandboxState.READY:
+        try:
+            await sandbox.agent.remove_container(live.id)
+        except VmrtError as e:
+            # The VM's own end takes the rest with it.
+            log.warning("container %s: could not undo its creation in the guest: %s", live.id[:13], e)
+    table.images.release(live.id)
+    table.forget_container(live)
+
+
+def serial(layer: LayerImage) -> str:
+    """Return the disk serial of a layer: as much of its diff ID as SCSI's 36 octets hold."""
+    return "l-" + layer.diff_id.removeprefix("sha256:")[:32]
+
+
+async def attach_layers(table: PodTable, sandbox: LiveSandbox, layers: tuple[LayerImage, ...]) -> None:
+    """Hot-plug the layers that the VM lacks; containers that share a layer wait for the one plug of it."""
+    waits: list[asyncio.Future[None]] = []
+    for layer in layers:
+        name = serial(layer)
+        future = sandbox.disks.get(name)
+        if future is None or (future.done() and (future.cancelled() or future.exception() is not None)):
+            disk = Disk(name, layer.path)
+            future = asyncio.ensure_future(table.hypervisor.attach_disk(sandbox.record.vm_id, disk))
+            sandbox.disks[name] = future
+        waits.append(future)
+    for future in waits:
+        # Shielded: the plug may serve other containers too.
+        await asyncio.shield(future)
+
+
+def _log_path(directory: str, path: str) -> str:
+    return str(Path(directory) / path) if directory and path else ""
+
+
+def _request(table: PodTable, sandbox: LiveSandbox, record: ContainerRecord, image: Image) -> pb.CreateContainerRequest:
+    spec = record.spec
+    security = spec.security
+    profile = None
+    if security.seccomp is not None and security.seccomp.type is not ProfileType.UNCONFINED and not security.privileged:
+        release = table.guest(table.handler(sandbox.record.spec.runtime_handler)[0]).kernel_release
+        profile = seccomp.resolve(seccomp.read(security.seccomp), oci.capabilities(spec), release)
+    config = oci.build(
+        sandbox.record.spec, spec, image.config, hostname=hostname_of(sandbox.record.spec), seccomp=profile
+    )
+    user = pb.User(
+        username=security.run_as_username,
+        supplemental_groups=security.supplemental_groups,
+        strict_groups=security.supplemental_groups_policy is SupplementalGroupsPolicy.STRICT,
+        image_user=image.config.user,
+    )
+    if security.run_as_user is not None:
+        user.uid = security.run_as_user
+    if security.run_as_group is not None:
+        user.gid = security.run_as_group
+    target = security.namespaces
+    return pb.CreateContainerRequest(
+        container_id=record.id,
+        layer_serials=record.layer_serials,
+        oci_spec=json.dumps(config).encode(),
+        user=user,
+        stdin=spec.stdin,
+        stdin_once=spec.stdin_once,
+        create_working_dir=True,
+        discard_output=not record.log_path,
+        join_pid_namespace_of=target.target_id if target.pid is NamespaceMode.TARGET else "",
+    )
+
+
+async def start_container(table: PodTable, live: LiveContainer) -> None:
+    """Start a CREATED container. A failed start ends it: EXITED, 128, StartError."""
+    async with live.lock:
+        record = live.record
+        if record.state is not ContainerState.CREATED:
+            raise IllegalTransitionError(
+                f"a container that is {record.state.value} cannot be started", resource=f"container {record.id}"
+            )
+        sandbox = table.sandboxes[record.sandbox_id]
+        agent = sandbox.need_agent()
+        try:
+            start_pump(table, sandbox, live)
+            await agent.start_container(record.id, timeout_s=START_TIMEOUT_S)
+        except VmrtError as e:
+            finish(table, live, START_ERROR_CODE, "StartError", str(e))
+            raise
+        if live.record.state is ContainerState.CREATED:
+            table.save_container(live, live.record.moved(ContainerState.RUNNING, started_ns=time.time_ns()))
+
+
+def start_pump(table: PodTable, sandbox: LiveSandbox, live: LiveContainer) -> None:
+    """Begin to write the container's log, if it has one."""
+    if live.record.log_path and live.pump is None:
+        position = state_dir(table, sandbox.id) / f"{live.id}.position"
+        position.parent.mkdir(parents=True, exist_ok=True)
+        limit = table.config.max_container_log_line_bytes
+        live.pump = LogPump(sandbox.need_agent(), live.id, Path(live.record.log_path), position, limit)

@@ -1,0 +1,203 @@
+"""RunPodSandbox: a VM and a network, made side by side and joined; all of it or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from vmrt.agent import agent_pb2 as pb
+from vmrt.agent_client import AgentClient
+from vmrt.errors import VmrtError
+from vmrt.model import Disk, DnsConfig, PodNetwork, SandboxSpec, VmSpec
+from vmrt.pods import resolv, scratch, sizing
+from vmrt.pods.container_events import watch
+from vmrt.pods.records import SandboxRecord, SandboxState
+from vmrt.pods.release import release, remove_state, state_dir
+from vmrt.pods.table import LiveSandbox, PodTable, uncancelled
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SHM_BYTES = 64 * 1024**2
+CONFIGURE_TIMEOUT_S = 30.0
+
+
+@dataclass(slots=True)
+class Phases:
+    """How long each part of a start took, in milliseconds, for `vmrt inspect`."""
+
+    ms: dict[str, float] = field(default_factory=dict)
+    _began: float = field(default_factory=time.monotonic)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time one part."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.ms[name] = round((time.monotonic() - began) * 1000, 3)
+
+    def finish(self) -> dict[str, float]:
+        """Return all parts, with the total since construction."""
+        self.ms["total"] = round((time.monotonic() - self._began) * 1000, 3)
+        return self.ms
+
+
+async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
+    """Start a sandbox and return its id; READY, with its addresses known. On any failure nothing is left."""
+    handler_name, handler = table.handler(spec.runtime_handler)
+    guest = table.guest(handler_name)
+    sandbox_id = secrets.token_hex(32)
+    vm_id = table.new_vm_id()
+    live = table.add_sandbox(
+        SandboxRecord(
+            id=sandbox_id,
+            spec=spec,
+            state=SandboxState.CREATING,
+            created_ns=time.time_ns(),
+            vm_id=vm_id,
+            tap=f"vt{vm_id}",
+            guest_version=guest.version,
+        )
+    )
+    phases = Phases()
+    vcpus, memory_bytes = sizing.size(spec, table.config.hypervisor, handler)
+    try:
+        vm = VmSpec(
+            vm_id=vm_id, guest=guest, vcpus=vcpus, memory_bytes=memory_bytes, tap=live.record.tap, mac=_device_mac()
+        )
+        network = await _vm_and_network(table, live, vm, phases)
+        with phases.phase("join"):
+            await table.network.join(sandbox_id, vm.tap)
+        with phases.phase("configure"):
+            agent = await connect(table, live)
+            await agent.configure_sandbox(configure_request(live.record, network), timeout_s=CONFIGURE_TIMEOUT_S)
+        state_dir(table, sandbox_id).mkdir(parents=True, exist_ok=True)
+        ready = live.record.moved(SandboxState.READY, ips=network.ips, phases_ms=phases.finish())
+        table.save_sandbox(live, ready)
+        live.events = table.background(watch(table, live), f"events {sandbox_id[:13]}")
+    except BaseException as e:
+        await uncancelled(_undo(table, live))
+        if isinstance(e, VmrtError) and not e.resource:
+            e.resource = f"sandbox {sandbox_id}"
+        raise
+    log.info("sandbox %s (%s) is ready after %.0f ms", sandbox_id[:13], live.record.key, phases.ms["total"])
+    return sandbox_id
+
+
+async def connect(table: PodTable, live: LiveSandbox) -> AgentClient:
+    """Connect to the agent of a booted VM and check that it speaks our protocol."""
+    vm_id = live.record.vm_id
+
+    async def dial(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await table.hypervisor.dial(vm_id, port)
+
+    agent = AgentClient(dial, vm_id)
+    live.agent = agent
+    await agent.check()
+    return agent
+
+
+async def _vm_and_network(table: PodTable, live: LiveSandbox, vm: VmSpec, phases: Phases) -> PodNetwork:
+    config = table.config.hypervisor
+
+    async def boot() -> None:
+        with phases.phase("disk and tap"):
+            disk = await scratch.make(table.config.root, vm.vm_id, config.scratch_bytes, config.qemu_user)
+            await table.network.create_tap(vm.tap)
+        with phases.phase("boot"):
+            await table.hypervisor.boot(replace(vm, disks=(Disk(scratch.SERIAL, disk, readonly=False),)))
+
+    async def network() -> PodNetwork:
+        with phases.phase("network"):
+            return await table.network.setup(live.id, live.record.spec, device_mac=vm.mac)
+
+    _, made = await both(boot(), network())
+    return made
+
+
+async def both(first: Awaitable[None], second: Awaitable[T]) -> tuple[None, T]:
+    """Run two things at once; when one fails the other is cancelled, awaited, and the first error raised plainly."""
+
+    async def run(work: Awaitable[T]) -> T:
+        return await work
+
+    async def run_none(work: Awaitable[None]) -> None:
+        await work
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            a = group.create_task(run_none(first))
+            b = group.create_task(run(second))
+    except BaseExceptionGroup as e:
+        raise e.exceptions[0] from e.exceptions[0].__cause__
+    return a.result(), b.result()
+
+
+async def _undo(table: PodTable, live: LiveSandbox) -> None:
+    if live.agent is not None:
+        await live.agent.close()
+        live.agent = None
+    try:
+        await release(table, live.record)
+    except VmrtError as e:
+        # The record stays, hidden: reconciliation tries again until nothing is left.
+        log.error("sandbox %s: could not undo its start yet: %s", live.id[:13], e)
+        live.undo_failed = True
+        return
+    remove_state(table, live.id)
+    table.forget_sandbox(live)
+
+
+def _device_mac() -> str:
+    # 02: locally administered, unicast (IEEE 802).
+    return "02:" + ":".join(f"{octet:02x}" for octet in secrets.token_bytes(5))
+
+
+def hostname_of(spec: SandboxSpec) -> str:
+    """Return the pod's hostname: what was asked, else a valid one from its name."""
+    return spec.hostname or spec.name[:63].rstrip("-.") or "pod"
+
+
+def configure_request(record: SandboxRecord, network: PodNetwork) -> pb.ConfigureSandboxRequest:
+    """Return the one call that makes a booted guest this pod's guest."""
+    spec = record.spec
+    hostname = hostname_of(spec)
+    dns: DnsConfig | None = spec.dns or network.dns
+    return pb.ConfigureSandboxRequest(
+        sandbox_id=record.id,
+        hostname=hostname,
+        resolv_conf=resolv.resolv_conf(dns),
+        hosts=resolv.hosts(hostname, network.ips),
+        interfaces=[
+            pb.Interface(name=i.name, device_mac=i.device_mac, mac=i.mac, mtu=i.mtu, addresses=i.addresses)
+            for i in network.interfaces
+        ],
+        routes=[
+            pb.Route(
+                destination=r.destination,
+                gateway=r.gateway,
+                interface=r.interface,
+                source=r.source,
+                scope=r.scope,
+                metric=r.metric,
+            )
+            for r in network.routes
+        ],
+        neighbours=[pb.Neighbour(address=n.address, mac=n.mac, interface=n.interface) for n in network.neighbours],
+        sysctls=spec.sysctls,
+        shm_bytes=SHM_BYTES,
+        scratch_serial=scratch.SERIAL,
+        realtime_ns=time.time_ns(),
+        entropy=secrets.token_bytes(64),
+        machine_id=record.id[:32],
+        shared_pid_namespace=True,
+    )

@@ -1,0 +1,185 @@
+"""The pods room's front: what the gRPC edge calls. Each verb has a file of its own; this one only finds and delegates.
+
+Cancellation: a create that is cancelled is rolled back; a stop or removal of a sandbox goes on to its end, since half a
+teardown serves nobody; a cancelled StopContainer kills nothing that its grace period still protects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vmrt import __version__
+from vmrt.errors import FailedPreconditionError, UnavailableError, VmrtError
+from vmrt.model import ContainerSpec, SandboxSpec
+from vmrt.pods import container_create, container_exec, container_stop, recovery, sandbox_run, sandbox_stop
+from vmrt.pods.container_events import follow_vms
+from vmrt.pods.container_exec import ExecResult
+from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord
+from vmrt.pods.table import PodTable, uncancelled
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeStatus:
+    """CRI's two conditions, each with a CamelCase reason and a message; `info` has JSON values."""
+
+    runtime_ready: bool
+    runtime_reason: str
+    runtime_message: str
+    network_ready: bool
+    network_reason: str
+    network_message: str
+    info: dict[str, str] = field(default_factory=dict)
+
+
+class PodService:
+    """Sandboxes and containers. Methods raise `VmrtError`; `NotFoundError` for an id that is not known."""
+
+    def __init__(self, table: PodTable) -> None:
+        self._table = table
+        self._closing = False
+
+    async def open(self) -> None:
+        """Recover what an earlier daemon left, then follow events. Drivers must be open."""
+        table = self._table
+        table.background(follow_vms(table), "VM events")
+        await recovery.recover(table)
+        table.background(recovery.sweep_forever(table), "sweep")
+
+    async def close(self) -> None:
+        """Refuse new pods and let go of the running ones; they go on without us."""
+        self._closing = True
+        await self._table.close()
+
+    # --- sandboxes ---
+
+    async def run_sandbox(self, spec: SandboxSpec) -> str:
+        """Start a sandbox and return its id; it is ready then, or nothing of it is left."""
+        if self._closing:
+            raise UnavailableError("the daemon is stopping")
+        return await sandbox_run.run_sandbox(self._table, spec)
+
+    async def stop_sandbox(self, sandbox_id: str) -> None:
+        """Stop the containers and release VM and network; one that does not exist is no error."""
+        live = self._table.sandboxes.get(sandbox_id)
+        if live is not None:
+            await uncancelled(sandbox_stop.stop_sandbox(self._table, live))
+
+    async def remove_sandbox(self, sandbox_id: str) -> None:
+        """Remove sandbox and containers by force; one that does not exist is no error."""
+        live = self._table.sandboxes.get(sandbox_id)
+        if live is not None:
+            await uncancelled(sandbox_stop.remove_sandbox(self._table, live))
+
+    def sandbox(self, sandbox_id: str) -> SandboxRecord:
+        """Find by id or unique prefix. From memory."""
+        return self._table.sandbox(sandbox_id).record
+
+    def sandboxes(self) -> Sequence[SandboxRecord]:
+        """Return all records, oldest first. From memory."""
+        return sorted(self._table.listed_sandboxes(), key=lambda r: r.created_ns)
+
+    # --- containers ---
+
+    async def create_container(self, sandbox_id: str, spec: ContainerSpec) -> str:
+        """Create a container in a ready sandbox and return its id."""
+        return await container_create.create_container(self._table, self._table.sandbox(sandbox_id), spec)
+
+    async def start_container(self, container_id: str) -> None:
+        """Start a created container."""
+        await container_create.start_container(self._table, self._table.container(container_id))
+
+    async def stop_container(self, container_id: str, timeout_s: float) -> None:
+        """Send the stop signal, after `timeout_s` SIGKILL; return when it has ended. Absent is no error."""
+        live = self._table.containers.get(container_id)
+        if live is not None:
+            await container_stop.stop_container(self._table, live, timeout_s)
+
+    async def remove_container(self, container_id: str) -> None:
+        """Remove by force; absent is no error."""
+        live = self._table.containers.get(container_id)
+        if live is not None:
+            await uncancelled(container_stop.remove_container(self._table, live))
+
+    def container(self, container_id: str) -> ContainerRecord:
+        """Find by id or unique prefix. From memory."""
+        return self._table.container(container_id).record
+
+    def containers(self) -> Sequence[ContainerRecord]:
+        """Return all records, oldest first. From memory."""
+        return sorted(self._table.listed_containers(), key=lambda r: r.created_ns)
+
+    async def exec_sync(self, container_id: str, args: Sequence[str], timeout_s: float) -> ExecResult:
+        """Run a command to its end; 0 is no limit, else `DeadlineError` after `timeout_s` with the command killed."""
+        return await container_exec.exec_sync(self._table, self._table.container(container_id), args, timeout_s)
+
+    async def reopen_log(self, container_id: str) -> None:
+        """Go over to a new log file; on return it exists and the old one gets no more octets."""
+        live = self._table.container(container_id)
+        if live.record.state is not ContainerState.RUNNING:
+            raise FailedPreconditionError(
+                f"the container is {live.record.state.value}, only a running one's log can be reopened",
+                resource=f"container {live.id}",
+            )
+        if live.pump is not None:
+            live.pump.reopen()
+
+    # --- the runtime itself ---
+
+    async def status(self) -> RuntimeStatus:
+        """Say whether pods can be run."""
+        table = self._table
+        ready, reason, message = True, "", ""
+        try:
+            guest = table.guest(table.handler("")[0])
+            guest_info = {"version": guest.version, "kernel": guest.kernel_release}
+        except VmrtError as e:
+            ready, reason, message, guest_info = False, "GuestImageNotReady", str(e), {}
+        network = await table.network.status()
+        config = {
+            "vmrt": __version__,
+            "root": str(table.config.root),
+            "stateDir": str(table.config.root),
+            "accelerator": table.hypervisor.accelerator,
+            "guest": guest_info,
+            "handlers": list(table.config.handlers),
+        }
+        return RuntimeStatus(ready, reason, message, *network, info={"config": json.dumps(config)})
+
+    async def sandbox_info(self, sandbox_id: str) -> dict[str, str]:
+        """Return details for a person, JSON values: the VM, its processes, phase timings, the console's end."""
+        table = self._table
+        record = table.sandbox(sandbox_id).record
+        vm = {
+            "id": record.vm_id,
+            "accelerator": table.hypervisor.accelerator,
+            "guestVersion": record.guest_version,
+            "running": record.vm_id in table.hypervisor.list(),
+            "pids": [p.pid for p in table.hypervisor.processes(record.vm_id)],
+            "tap": record.tap,
+        }
+        agent = table.sandbox(sandbox_id).agent
+        if agent is not None:
+            try:
+                async with asyncio.timeout(2):
+                    check = await agent.check()
+                vm |= {"kernel": check.kernel_release, "vcpus": check.vcpus, "memoryBytes": check.memory_bytes}
+            except (VmrtError, TimeoutError) as e:
+                vm["agent"] = f"does not answer: {e}"
+        return {
+            "vm": json.dumps(vm),
+            "phasesMs": json.dumps(record.phases_ms),
+            "reason": json.dumps(record.reason),
+            "console": json.dumps(table.hypervisor.console_tail(record.vm_id)),
+        }
+
+    async def container_info(self, container_id: str) -> dict[str, str]:
+        """Return details for a person, JSON values."""
+        record = self._table.container(container_id).record
+        return {
+            "sandboxID": json.dumps(record.sandbox_id),
+            "layers": json.dumps(record.layer_serials),
+            "user": json.dumps({"uid": record.uid, "gid": record.gid, "groups": record.supplemental_groups}),
+        }

@@ -1,0 +1,258 @@
+"""The table of live pods: records in memory and on disk, the drivers, and what belongs to a running pod.
+
+Rules: a record is written before the side effect that it announces; reads (List, Status) touch this table only, never a
+VM; verbs on one sandbox or container hold its lock, verbs on different ones never wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vmrt.agent_client import AgentClient
+from vmrt.config import Config, HandlerConfig
+from vmrt.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, VmGoneError
+from vmrt.model import GuestImage
+from vmrt.pods.drivers import Hypervisor, ImageStore, Network
+from vmrt.pods.log_pump import LogPump
+from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
+from vmrt.store import Store
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_HIDDEN_SANDBOXES = (SandboxState.CREATING, SandboxState.REMOVING)
+_HIDDEN_CONTAINERS = (ContainerState.CREATING, ContainerState.REMOVING)
+
+
+@dataclass(slots=True, eq=False)
+class LiveSandbox:
+    """A sandbox's record and what runs for it in this daemon."""
+
+    record: SandboxRecord
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    agent: AgentClient | None = None
+    events: asyncio.Task[None] | None = None
+    # Layer disks by serial: a future that ends when the disk is in the VM.
+    disks: dict[str, asyncio.Future[None]] = field(default_factory=dict)
+    # A start whose undo did not succeed: the sweep has to come back for it.
+    undo_failed: bool = False
+
+    @property
+    def id(self) -> str:
+        """The sandbox's id."""
+        return self.record.id
+
+    def need_agent(self) -> AgentClient:
+        """Return the agent's client, or fail fast when the VM is gone."""
+        if self.agent is None or self.record.state is not SandboxState.READY:
+            raise VmGoneError(
+                f"the sandbox is not ready ({self.record.reason or self.record.state.value})",
+                resource=f"sandbox {self.id}",
+            )
+        return self.agent
+
+
+@dataclass(slots=True, eq=False)
+class LiveContainer:
+    """A container's record and what runs for it in this daemon."""
+
+    record: ContainerRecord
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    exited: asyncio.Event = field(default_factory=asyncio.Event)
+    pump: LogPump | None = None
+
+    @property
+    def id(self) -> str:
+        """The container's id."""
+        return self.record.id
+
+
+class PodTable:
+    """All live sandboxes and containers, with the drivers that act on them."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        hypervisor: Hypervisor,
+        network: Network,
+        images: ImageStore,
+        guest: Callable[[str], GuestImage],
+    ) -> None:
+        """`guest` loads the guest image of a handler by name; called for every boot, so an update needs no restart."""
+        self.config = config
+        self.store = store
+        self.hypervisor = hypervisor
+        self.network = network
+        self.images = images
+        self.guest = guest
+        self.instance = instance_tag(config.root)
+        self.sandboxes: dict[str, LiveSandbox] = {}
+        self.containers: dict[str, LiveContainer] = {}
+        self._sandbox_names: dict[str, str] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+
+    # --- names and ids ---
+
+    def new_vm_id(self) -> str:
+        """Return a fresh VM id: 4 hex digits of the instance, 8 random ones."""
+        return self.instance[:4] + secrets.token_hex(4)
+
+    def handler(self, name: str) -> tuple[str, HandlerConfig]:
+        """Return a handler by its RuntimeClass name; "" is the default, the first one configured."""
+        handlers = self.config.handlers
+        if not name:
+            return next(iter(handlers.items()))
+        if name not in handlers:
+            raise InvalidArgumentError(
+                f"unknown runtime_handler {name!r}", hint=f"configured: {', '.join(handlers)}; see [handlers] in config"
+            )
+        return name, handlers[name]
+
+    def sandbox(self, sandbox_id: str) -> LiveSandbox:
+        """Find a listed sandbox by id or unique id prefix."""
+        return self._find(self.sandboxes, sandbox_id, "sandbox", lambda s: s.record.state not in _HIDDEN_SANDBOXES)
+
+    def container(self, container_id: str) -> LiveContainer:
+        """Find a listed container by id or unique id prefix."""
+        return self._find(self.containers, container_id, "container", self._listed)
+
+    @staticmethod
+    def _find(table: dict[str, T], wanted: str, kind: str, listed: Callable[[T], bool]) -> T:
+        found = table.get(wanted)
+        if found is None and wanted:
+            matches = [value for key, value in table.items() if key.startswith(wanted) and listed(value)]
+            if len(matches) > 1:
+                raise InvalidArgumentError(f"{kind} id {wanted!r} is ambiguous: {len(matches)} begin with it")
+            found = matches[0] if matches else None
+        if found is None or not listed(found):
+            raise NotFoundError(f"no {kind} with id {wanted!r}")
+        return found
+
+    @staticmethod
+    def _listed(container: LiveContainer) -> bool:
+        return container.record.state not in _HIDDEN_CONTAINERS
+
+    def listed_sandboxes(self) -> list[SandboxRecord]:
+        """Return the records that clients may see."""
+        return [s.record for s in self.sandboxes.values() if s.record.state not in _HIDDEN_SANDBOXES]
+
+    def listed_containers(self) -> list[ContainerRecord]:
+        """Return the records that clients may see."""
+        return [c.record for c in self.containers.values() if self._listed(c)]
+
+    def containers_of(self, sandbox_id: str) -> list[LiveContainer]:
+        """Return a sandbox's containers, whatever their state."""
+        return [c for c in self.containers.values() if c.record.sandbox_id == sandbox_id]
+
+    def sandbox_of_vm(self, vm_id: str) -> LiveSandbox | None:
+        """Return the sandbox that a VM belongs to."""
+        return next((s for s in self.sandboxes.values() if s.record.vm_id == vm_id), None)
+
+    # --- records ---
+
+    def add_sandbox(self, record: SandboxRecord, *, recorded: bool = False) -> LiveSandbox:
+        """Reserve the name and write the record; `AlreadyExistsError` when the name is taken."""
+        holder = self._sandbox_names.get(record.key)
+        if holder is not None:
+            raise AlreadyExistsError(f"the sandbox name {record.key!r} is taken", resource=f"sandbox {holder}")
+        if not recorded:
+            self.store.put("sandbox", record.id, record)
+        self._sandbox_names[record.key] = record.id
+        live = self.sandboxes[record.id] = LiveSandbox(record)
+        return live
+
+    def save_sandbox(self, live: LiveSandbox, record: SandboxRecord) -> None:
+        """Write a sandbox's new record, then show it."""
+        self.store.put("sandbox", record.id, record)
+        live.record = record
+
+    def forget_sandbox(self, live: LiveSandbox) -> None:
+        """Drop a sandbox whose resources are gone."""
+        self.store.delete("sandbox", live.id)
+        self.sandboxes.pop(live.id, None)
+        if self._sandbox_names.get(live.record.key) == live.id:
+            del self._sandbox_names[live.record.key]
+
+    def add_container(self, record: ContainerRecord, *, recorded: bool = False) -> LiveContainer:
+        """Reserve the name within its sandbox and write the record; `AlreadyExistsError` when the name is taken."""
+        for other in self.containers_of(record.sandbox_id):
+            if other.record.key == record.key:
+                raise AlreadyExistsError(
+                    f"the container name {record.key!r} is taken", resource=f"container {other.id}"
+                )
+        if not recorded:
+            self.store.put("container", record.id, record)
+        live = self.containers[record.id] = LiveContainer(record)
+        return live
+
+    def save_container(self, live: LiveContainer, record: ContainerRecord) -> None:
+        """Write a container's new record, then show it."""
+        self.store.put("container", record.id, record)
+        live.record = record
+        if record.state not in (ContainerState.CREATING, ContainerState.CREATED, ContainerState.RUNNING):
+            live.exited.set()
+
+    def forget_container(self, live: LiveContainer) -> None:
+        """Drop a container whose resources are gone."""
+        self.store.delete("container", live.id)
+        self.containers.pop(live.id, None)
+
+    # --- background work ---
+
+    def background(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Run something on; its failure is logged, never lost."""
+        task = asyncio.create_task(work, name=name)
+        self._background.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("background work %s failed: %s", task.get_name(), error, exc_info=error)
+
+    async def close(self) -> None:
+        """Stop what runs in this daemon for the pods; the pods themselves go on."""
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        for container in self.containers.values():
+            if container.pump is not None:
+                await container.pump.stop()
+        for sandbox in self.sandboxes.values():
+            if sandbox.agent is not None:
+                await sandbox.agent.close()
+
+
+def instance_tag(root: Path) -> str:
+    """Return 8 hex digits that tell the daemons of one machine apart: a hash of the root's real path."""
+    return hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+
+
+async def uncancelled(work: Awaitable[T]) -> T:
+    """Finish `work` even when the caller is cancelled meanwhile; then let the cancellation go on."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as e:
+            if task.cancelled():
+                raise
+            cancelled = e
+        except Exception:
+            break
+    if cancelled is not None:
+        if task.exception() is not None:
+            log.error("undo failed: %s", task.exception(), exc_info=task.exception())
+        raise cancelled
+    return task.result()
