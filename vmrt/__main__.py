@@ -16,8 +16,10 @@ log = logging.getLogger("vmrt")
 
 def main() -> None:
     """Run the `vmrt` command line."""
+    import vmrt.cli
     from vmrt.cli.app import cli
 
+    vmrt.cli.daemon = serve
     cli()
 
 

@@ -1,1 +1,9 @@
 """The vmrt command line, one module per command group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+# What `vmrt serve` runs, put here by the composition root (`vmrt.__main__`), which nothing may import.
+daemon: Callable[..., Coroutine[Any, Any, None]] | None = None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+import vmrt.cli
 from vmrt import config as configuration
 from vmrt.errors import VmrtError
 
@@ -58,7 +59,7 @@ def serve(
     log_level: str | None,
     check: bool,
 ) -> None:
-    """Serve CRI v1 until SIGTERM; running pods outlive the daemon.
+    r"""Serve CRI v1 until SIGTERM; running pods outlive the daemon.
 
     Several daemons can live on one machine when each has its own --root and --listen. Options win over files. Stopping
     or upgrading the daemon touches no pod: the next one adopts the running VMs of its root.
@@ -70,8 +71,8 @@ def serve(
       vmrt serve --config ./test.toml --log-level debug
       vmrt serve --check
     """
-    from vmrt.__main__ import serve as run
-
+    if vmrt.cli.daemon is None:
+        raise click.ClickException("the daemon is started as `vmrt serve` or `python -m vmrt serve` only")
     overrides: dict[str, object] = {}
     if root is not None:
         overrides["root"] = root.absolute()
@@ -87,6 +88,6 @@ def serve(
             click.echo("the configuration is good")
             return
         _set_up_logging(config.log)
-        asyncio.run(run(config))
+        asyncio.run(vmrt.cli.daemon(config))
     except VmrtError as e:
         raise click.ClickException(str(e)) from e
