@@ -109,18 +109,21 @@ allow_daemons() {
     if [ -e "$POLICY_SAVED" ]; then mv "$POLICY_SAVED" "$POLICY"; fi
 }
 
+readonly APT_ADVICE="check the network and apt's sources, then run it again"
+readonly APT_OPTIONS=(-q -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3)
+
+update_package_lists() { work "apt-get update" "$APT_ADVICE" apt-get "${APT_OPTIONS[@]}" update; }
+
 install_packages() {
-    local missing advice="check the network and apt's sources, then run it again" units
+    local missing units
     mapfile -t missing < <(missing_packages "$@")
     [ ${#missing[@]} -gt 0 ] || return 0
     need_root "installing Debian packages (${missing[*]})"
     say "Debian packages: installing ${#missing[@]} (${missing[*]})"
     export DEBIAN_FRONTEND=noninteractive
     forbid_daemons
-    work "apt-get update" "$advice" \
-        apt-get -q -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 update
-    work "apt-get install" "$advice" \
-        apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 install --no-install-recommends "${missing[@]}"
+    update_package_lists
+    work "apt-get install" "$APT_ADVICE" apt-get "${APT_OPTIONS[@]}" -y install --no-install-recommends "${missing[@]}"
     allow_daemons
     # Nor shall the next boot start what was not there before.
     if command -v systemctl >/dev/null; then
@@ -245,7 +248,12 @@ step_vsock() {
 step_guest() {
     local before after
     before=$(stat -c %Y "$GUEST"/* 2>/dev/null || true)
-    [ -n "$before" ] || { need_root "building the guest image"; say "guest image: building $GUEST"; }
+    if [ -z "$before" ]; then
+        need_root "building the guest image"
+        say "guest image: building $GUEST"
+        # The builder asks apt for kernel and Python packages; a fresh container has no package lists.
+        apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || update_package_lists
+    fi
     work "building the guest image" "run $VENV/bin/python -m vmrt.guest_image build --output $GUEST" \
         "$VENV/bin/python" -m vmrt.guest_image build --output "$GUEST"
     after=$(stat -c %Y "$GUEST"/*)
