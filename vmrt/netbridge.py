@@ -1,0 +1,358 @@
+"""A pod's network: namespace, CNI, tap, and what the guest is told of it. Implements `vmrt.pods.drivers.Network`.
+
+Below the daemon's root:
+    netns/<sandbox id>   the namespace, held by a bind mount
+    cni/<sandbox id>.json  what ADD ran with and returned (`vmrt.cni.Attachment`), there before the first plugin runs
+    cni/ipam/            host-local's leases for the built-in configuration
+    cni-fallback.json    the subnets that the built-in configuration took
+
+Rules: the record is written before a side effect and removed after the last; `teardown` needs nothing else. The
+blocking work of `vmrt.netns` runs in worker threads and, once begun, to its end, also when the caller is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import ipaddress
+import logging
+import re
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vmrt import cni, netns
+from vmrt.config import NetworkConfig
+from vmrt.errors import DeadlineError, NetworkError, VmrtError
+from vmrt.fallback_network import BUILT_IN, FallbackNetwork
+from vmrt.model import GuestInterface, GuestNeighbour, GuestRoute, PodNetwork, SandboxSpec
+
+log = logging.getLogger(__name__)
+
+IFNAME = "eth0"
+NOT_READY = "NetworkPluginNotReady"  # the reason that kubelet's users know
+DELETE_PAUSES_S = (0.0, 0.2, 1.0)
+STATUS_AGE_S = 10.0
+
+_SANDBOX_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
+
+
+class NetBridge:
+    """CNI networks for pods whose network card is a VM's tap.
+
+    `instance` tells daemons on one machine apart. `tap_owner` is the uid that may open taps besides root.
+    """
+
+    def __init__(self, config: NetworkConfig, root: Path, instance: str, *, tap_owner: int | None = None) -> None:
+        self._config = config
+        self._netns_dir = root / "netns"
+        self._record_dir = root / "cni"
+        self._tap_owner = tap_owner
+        self._bin_dirs = tuple(str(directory) for directory in config.cni_bin_dirs)
+        self._fallback = FallbackNetwork(config, root, instance, lambda: bool(self.list()))
+        self._joint: netns.Joint | None = None
+        # When STATUS was asked, of which configuration, and what was wrong ("" for nothing).
+        self._plugin_status: tuple[float, str, str] | None = None
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    async def open(self) -> None:
+        """Make the directories and look at the configuration; one that is not ready yet is said by `status`."""
+        for directory in (self._netns_dir, self._record_dir):
+            await asyncio.to_thread(directory.mkdir, 0o711, True, True)
+        ready, _, message = await self.status()
+        if not ready:
+            log.warning("network is not ready: %s", message)
+
+    async def close(self) -> None:
+        """Remove the built-in configuration's bridge if no pod is left; pods keep their network."""
+        if not self.list():
+            await self._fallback.remove()
+
+    # --- taps ---------------------------------------------------------------------------------------------------------
+
+    async def create_tap(self, name: str) -> None:
+        """Create a persistent tap that QEMU's user may open; an existing one is no error. `join` brings it up."""
+        await netns.in_thread(netns.create_tap, name, self._tap_owner)
+
+    async def delete_tap(self, name: str) -> None:
+        """Delete a tap in the host's netns; an absent one is no error."""
+        await netns.in_thread(netns.delete_link, name)
+
+    async def join(self, sandbox_id: str, tap: str) -> None:
+        """Move the tap into the pod's netns and join it to the CNI interface; repeating it is no error."""
+        path = self._netns(sandbox_id)
+        try:
+            joint = await netns.in_thread(netns.join, path, IFNAME, tap, self._joint)
+        except NetworkError as e:
+            raise NetworkError(e.message, phase=e.phase, resource=f"sandbox {sandbox_id}, tap {tap}") from e
+        if self._joint is None:
+            self._joint = joint
+            log.info("taps are joined to CNI interfaces by %s", joint.value)
+
+    # --- pods ---------------------------------------------------------------------------------------------------------
+
+    async def setup(self, sandbox_id: str, spec: SandboxSpec, *, device_mac: str) -> PodNetwork:
+        """Make the pod's netns, run CNI ADD, return addresses and the guest's configuration of them.
+
+        On failure or cancellation DEL has been run for the whole chain and the netns removed before this raises. Should
+        that DEL fail too, the record stays: `list` names the sandbox and `teardown` tries again.
+        """
+        path, record = self._netns(sandbox_id), self._record(sandbox_id)
+        conflist = await self._conflist()
+        self._refuse_missing(conflist, sandbox_id)
+        attachment = cni.Attachment(
+            container_id=sandbox_id,
+            netns=str(path),
+            ifname=IFNAME,
+            args=cni.cni_args(sandbox_id, spec),
+            capability_args=cni.capability_args(spec),
+            conflist=conflist,
+            bin_dirs=self._bin_dirs,
+        )
+        if "portMappings" in attachment.capability_args and not cni.offers(conflist, "portMappings"):
+            log.warning("sandbox %s: network %s publishes no host ports", sandbox_id, conflist.name)
+        async with self._lock(sandbox_id):
+            if record.exists() or path.exists():
+                raise NetworkError("it has a network", phase="cni add", resource=f"sandbox {sandbox_id}")
+            try:
+                return await self._attach(attachment, device_mac)
+            except BaseException as e:
+                try:
+                    await netns.to_the_end(self._detach(sandbox_id, forget_netns=True))
+                except VmrtError as undo:
+                    log.warning("undoing the network of sandbox %s: %s", sandbox_id, undo)
+                    e.add_note(f"undoing it failed as well: {undo}")
+                raise
+
+    async def _attach(self, attachment: cni.Attachment, device_mac: str) -> PodNetwork:
+        path, record = Path(attachment.netns), self._record(attachment.container_id)
+
+        def prepare() -> None:
+            cni.write_durably(record, cni.to_record(attachment))
+            netns.create(path)
+
+        async def keep(newer: cni.Attachment) -> None:
+            await netns.in_thread(cni.write_durably, record, cni.to_record(newer))
+
+        await netns.in_thread(prepare)
+        done = await cni.add(attachment, self._config.cni_timeout_s, keep)
+        state = await netns.in_thread(netns.read_interface, path, IFNAME)
+        return pod_network(path, cni.parse_result(done.result or {}, IFNAME), state, device_mac)
+
+    async def teardown(self, sandbox_id: str) -> None:
+        """Run CNI DEL with what ADD returned and remove the netns. Idempotent; works with nothing but the id.
+
+        Raises `NetworkError` when DEL fails repeatedly; the record stays, so that it can be called again.
+        """
+        self._netns(sandbox_id)
+        async with self._lock(sandbox_id):
+            await self._detach(sandbox_id, forget_netns=False)
+
+    async def _detach(self, sandbox_id: str, *, forget_netns: bool) -> None:
+        path, record = self._netns(sandbox_id), self._record(sandbox_id)
+        try:
+            attachment = await self._recall(sandbox_id)
+            if attachment is not None:
+                await self._delete(attachment)
+        except BaseException:
+            if forget_netns:
+                await netns.in_thread(netns.remove, path)
+            raise
+        await netns.in_thread(netns.remove, path)
+        await netns.in_thread(functools.partial(record.unlink, missing_ok=True))
+
+    async def _recall(self, sandbox_id: str) -> cni.Attachment | None:
+        record = self._record(sandbox_id)
+        if not record.exists():
+            return None
+        try:
+            return cni.from_record(await asyncio.to_thread(record.read_bytes))
+        except NetworkError as e:
+            # What it was added with is lost; the present configuration frees at least the address.
+            log.warning("%s: %s: using the present configuration for DEL", record, e)
+            path = str(self._netns(sandbox_id))
+            return cni.Attachment(sandbox_id, path, IFNAME, "", {}, await self._conflist(), self._bin_dirs)
+
+    async def _delete(self, attachment: cni.Attachment) -> None:
+        path = Path(attachment.netns)
+        restore = _restorable(attachment)
+
+        def prepare() -> bool:
+            if restore and not netns.exists(path):
+                netns.remove(path)
+                netns.create(path)
+            if restore:
+                netns.stand_in(path, attachment.ifname, restore)
+            return netns.exists(path)
+
+        for attempt, pause_s in enumerate(DELETE_PAUSES_S, start=1):
+            await asyncio.sleep(pause_s)
+            held = await netns.in_thread(prepare)
+            try:
+                await cni.delete(
+                    attachment if held else replace(attachment, netns=""), timeout_s=self._config.cni_timeout_s
+                )
+                return
+            except NetworkError as e:
+                if attempt == len(DELETE_PAUSES_S) or isinstance(e.__cause__, DeadlineError):
+                    raise
+                log.info("sandbox %s: trying again: %s", attachment.container_id, e)
+
+    async def check(self, sandbox_id: str) -> None:
+        """Run CNI CHECK; raise `NetworkError` when a plugin finds the pod's network not as ADD left it."""
+        attachment = await self._recall(sandbox_id)
+        if attachment is None or not attachment.complete:
+            raise NetworkError("it has no network", phase="cni check", resource=f"sandbox {sandbox_id}")
+        await cni.verify(attachment, self._config.cni_timeout_s)
+
+    def list(self) -> Sequence[str]:
+        """Return the sandbox ids for which a netns or a cached CNI result exists under our root."""
+        names: set[str] = set()
+        with contextlib.suppress(FileNotFoundError):
+            names |= {path.name for path in self._netns_dir.iterdir()}
+        with contextlib.suppress(FileNotFoundError):
+            names |= {path.stem for path in self._record_dir.iterdir() if path.suffix == ".json"}
+        return sorted(name for name in names if _SANDBOX_ID.fullmatch(name))
+
+    # --- readiness ----------------------------------------------------------------------------------------------------
+
+    async def status(self) -> tuple[bool, str, str]:
+        """Return (ready, reason, message) for CRI's NetworkReady condition."""
+        try:
+            conflist = await self._conflist()
+            self._refuse_missing(conflist, "")
+            await self._ask_plugins(conflist)
+        except NetworkError as e:
+            return False, NOT_READY, str(e)
+        message = f"network {conflist.name} of {conflist.source}"
+        if conflist.source == BUILT_IN and self._fallback.limits:
+            message += f"; {self._fallback.limits}"
+        return True, "", message
+
+    async def _ask_plugins(self, conflist: cni.ConfList) -> None:
+        """Run STATUS, whose answer is kept for a while: kubelet asks every few seconds."""
+        known = self._plugin_status
+        if known is None or known[1] != conflist.source or time.monotonic() - known[0] >= STATUS_AGE_S:
+            asker = cni.Attachment("status", "", IFNAME, "", {}, conflist, self._bin_dirs)
+            answer = ""
+            try:
+                await cni.verify(asker, self._config.cni_timeout_s, "STATUS")
+            except NetworkError as e:
+                answer = e.message
+            known = self._plugin_status = (time.monotonic(), conflist.source, answer)
+        if known[2]:
+            raise NetworkError(known[2], phase="cni status")
+
+    def _refuse_missing(self, conflist: cni.ConfList, sandbox_id: str) -> None:
+        missing = cni.missing_plugins(conflist, self._bin_dirs)
+        if missing:
+            raise NetworkError(
+                f"network {conflist.name} of {conflist.source} needs CNI plugins that are in none of "
+                f"{', '.join(self._bin_dirs) or 'no directories'}: {', '.join(missing)}",
+                phase="cni add" if sandbox_id else "cni config",
+                resource=f"sandbox {sandbox_id}" if sandbox_id else "",
+                hint=cni.INSTALL_HINT,
+            )
+
+    async def _conflist(self) -> cni.ConfList:
+        """Return the configuration as it is now: the directory is read each time, so a change needs no restart."""
+        directory = self._config.cni_config_dir
+        files = await asyncio.to_thread(cni.read_config_dir, directory)
+        if not any(map(cni.is_candidate, files)):
+            if self._config.fallback_subnet:
+                return await self._fallback.conflist()
+            raise NetworkError(
+                f"no configuration in {directory}",
+                phase="cni config",
+                hint="install a CNI network, or set network.fallback_subnet",
+            )
+        chosen, problems = cni.choose(files)
+        if chosen is None:
+            raise NetworkError(f"no valid configuration in {directory}: {'; '.join(problems)}", phase="cni config")
+        return replace(chosen, source=str(directory / chosen.source))
+
+    # --- names --------------------------------------------------------------------------------------------------------
+
+    def _netns(self, sandbox_id: str) -> Path:
+        if not _SANDBOX_ID.fullmatch(sandbox_id):
+            raise NetworkError(f"{sandbox_id!r} is no sandbox id", phase="netns")
+        return self._netns_dir / sandbox_id
+
+    def _record(self, sandbox_id: str) -> Path:
+        return self._record_dir / f"{sandbox_id}.json"
+
+    def _lock(self, sandbox_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(sandbox_id, asyncio.Lock())
+
+
+# --- decisions --------------------------------------------------------------------------------------------------------
+
+
+def pod_network(path: Path, result: cni.Result, state: netns.InterfaceState, device_mac: str) -> PodNetwork:
+    """Say what the guest is to configure, from the CNI result and from what the netns really has."""
+    # The order is the result's (primary first); what it does not name follows. IPv4 comes before IPv6.
+    known = [cidr for cidr in result.addresses if cidr in state.addresses] or [*result.addresses]
+    known += [cidr for cidr in state.addresses if cidr not in known]
+    known.sort(key=lambda cidr: ipaddress.ip_interface(cidr).version)
+    if not known:
+        raise NetworkError("the plugins gave the pod no address", phase="cni result", resource=str(path))
+    kernel_routes = state.routes or tuple(
+        netns.KernelRoute(route.destination, route.gateway, scope=route.scope, metric=route.metric)
+        for route in result.routes
+    )
+    return PodNetwork(
+        netns=path,
+        ips=tuple(cidr.partition("/")[0] for cidr in known),
+        interfaces=(GuestInterface(IFNAME, device_mac, state.mac, state.mtu, guest_addresses(known, state.routes)),),
+        routes=guest_routes(kernel_routes),
+        neighbours=tuple(GuestNeighbour(address, mac, IFNAME) for address, mac in state.neighbours),
+        dns=result.dns,
+    )
+
+
+def guest_addresses(cidrs: Sequence[str], routes: Sequence[netns.KernelRoute]) -> tuple[str, ...]:
+    """Return the addresses with the prefix lengths that make the guest's kernel add the netns's connected routes.
+
+    The ptp plugin, for one, gives 10.1.0.2/24 and removes the connected route, so that all goes through the gateway:
+    such an address reaches the guest as /32.
+    """
+    connected = {ipaddress.ip_network(route.destination) for route in routes if route.connected}
+    addresses = []
+    for cidr in cidrs:
+        interface = ipaddress.ip_interface(cidr)
+        whole = not routes or interface.network in connected
+        addresses.append(cidr if whole else f"{interface.ip}/{interface.max_prefixlen}")
+    return tuple(addresses)
+
+
+def guest_routes(routes: Sequence[netns.KernelRoute]) -> tuple[GuestRoute, ...]:
+    """Return the routes that the guest's kernel does not make by itself, in an order in which it accepts them.
+
+    Routes without a gateway come first, as they make the gateways reachable; then the narrower before the wider, so
+    defaults are last. A gateway that no such route covers (the netns has it "onlink") gets a route of its own.
+    """
+    reachable = [ipaddress.ip_network(route.destination) for route in routes if not route.gateway]
+    extra: dict[str, GuestRoute] = {}
+    plain = []
+    for route in routes:
+        if route.connected:
+            continue
+        plain.append(GuestRoute(route.destination, route.gateway, IFNAME, route.source, route.scope, route.metric))
+        if route.gateway:
+            gateway = ipaddress.ip_address(route.gateway)
+            link_local = gateway.version == 6 and gateway.is_link_local
+            if not link_local and not any(gateway in network for network in reachable):
+                alone = f"{gateway}/{gateway.max_prefixlen}"
+                extra[alone] = GuestRoute(alone, "", IFNAME, scope=253 if gateway.version == 4 else 0)
+    plain.sort(key=lambda route: (route.gateway != "", -ipaddress.ip_network(route.destination).prefixlen))
+    return (*extra.values(), *plain)
+
+
+def _restorable(attachment: cni.Attachment) -> tuple[str, ...]:
+    """Return the addresses that DEL has to find on the interface: those of a chain that masquerades."""
+    if attachment.result is None or not any(plugin.get("ipMasq") is True for plugin in attachment.conflist.plugins):
+        return ()
+    return cni.parse_result(attachment.result, attachment.ifname).addresses
