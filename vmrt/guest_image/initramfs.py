@@ -1,0 +1,60 @@
+"""The initramfs: our /init, its plan, and the modules that the plan loads (see init.c for the plan's language)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from vmrt import spawn
+from vmrt.errors import ProcessError
+from vmrt.guest_image import cpio
+
+PHASE = "guest image initramfs"
+ROOT_SERIAL = "vmrt-root"
+# -I -S: no user site, no PYTHON* variables, no site.py, whose work the image does not need and every boot would pay.
+# -B: the root is read-only. utf8: the guest has no locales.
+AGENT_ARGV: tuple[str, ...] = ("/usr/bin/python3", "-I", "-S", "-B", "-X", "utf8", "-m", "vmrt.agent")
+
+_INIT_SOURCE = Path(__file__).with_name("init.c")
+_CFLAGS = (
+    *("-Os", "-std=gnu11", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pic", "-no-pie"),
+    *("-fno-asynchronous-unwind-tables", "-Wall", "-Wextra", "-Werror", "-s"),
+    *("-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,noseparate-code"),
+)
+
+
+async def compile_init() -> bytes:
+    """Return the static /init program."""
+    with tempfile.TemporaryDirectory(prefix="vmrt-init-") as work:
+        program = Path(work) / "init"
+        try:
+            await spawn.run(["gcc", *_CFLAGS, "-o", program, _INIT_SOURCE], phase=PHASE, resource=_INIT_SOURCE.name)
+        except ProcessError as e:
+            if e.status < 0:
+                e.hint = "install Debian's gcc"
+            raise
+        return program.read_bytes()
+
+
+def plan(module_files: Sequence[str], filesystem: str, argv: Sequence[str] = AGENT_ARGV) -> str:
+    """Return the text of /plan."""
+    steps = [*(f"load /modules/{name}" for name in module_files), f"root {ROOT_SERIAL} {filesystem}"]
+    return "\n".join([*steps, " ".join(("exec", *argv)), ""])
+
+
+def build(init: bytes, modules: Sequence[Path], filesystem: str, argv: Sequence[str] = AGENT_ARGV) -> bytes:
+    """Return the archive, uncompressed: it is small, and decompressing costs more than reading when emulated.
+
+    `modules` are files in the order in which they are to be loaded.
+    """
+    names = [PurePosixPath(path).name for path in modules]
+    return cpio.archive(
+        [
+            *(cpio.directory(name) for name in ("dev", "modules", "root", "sys")),
+            cpio.character_device("dev/console", 5, 1),
+            cpio.file("init", init, 0o755),
+            cpio.file("plan", plan(names, filesystem, argv).encode()),
+            *(cpio.file(f"modules/{name}", path.read_bytes()) for name, path in zip(names, modules, strict=True)),
+        ]
+    )

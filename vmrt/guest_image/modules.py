@@ -1,0 +1,134 @@
+"""Kernel modules: which ones, in which order.
+
+Two sets. EARLY is what the initramfs loads before the agent starts: the paths to the root disk, to the daemon (vsock)
+and to what nearly every pod uses, so that no call has to wait for a modprobe. OPTIONAL goes into the root image with
+`modules.dep` and the alias tables; the kernel asks for those itself through /sbin/modprobe (nftables, bridge, veth...).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from vmrt import spawn
+from vmrt.errors import VmrtError
+
+PHASE = "guest image modules"
+
+EARLY: tuple[str, ...] = (
+    "virtio_pci",
+    "virtio_blk",
+    "erofs",
+    "vmw_vsock_virtio_transport",
+    "virtio_net",
+    "virtio_scsi",
+    "sd_mod",
+    "overlay",
+    "virtiofs",
+    "virtio_rng",
+)
+
+# Path prefixes below kernel/; whatever they depend on comes with them.
+OPTIONAL: tuple[str, ...] = (
+    "arch/x86/crypto/",
+    "crypto/",
+    "drivers/block/loop.ko",
+    "drivers/block/nbd.ko",
+    "drivers/block/virtio_blk.ko",
+    "drivers/char/hw_random/virtio-rng.ko",
+    "drivers/char/virtio_console.ko",
+    "drivers/md/dm-mod.ko",
+    "drivers/net/bonding/",
+    "drivers/net/dummy.ko",
+    "drivers/net/geneve.ko",
+    "drivers/net/ifb.ko",
+    "drivers/net/ipvlan/",
+    "drivers/net/macvlan.ko",
+    "drivers/net/macvtap.ko",
+    "drivers/net/tap.ko",
+    "drivers/net/tun.ko",
+    "drivers/net/veth.ko",
+    "drivers/net/virtio_net.ko",
+    "drivers/net/vrf.ko",
+    "drivers/net/vxlan/",
+    "drivers/net/wireguard/",
+    "drivers/nvdimm/",
+    "drivers/scsi/sd_mod.ko",
+    "drivers/scsi/virtio_scsi.ko",
+    "drivers/virtio/",
+    "fs/autofs/",
+    "fs/binfmt_misc.ko",
+    "fs/erofs/",
+    "fs/fuse/",
+    "fs/isofs/",
+    "fs/lockd/",
+    "fs/nfs/",
+    "fs/nfs_common/",
+    "fs/nls/",
+    "fs/overlayfs/",
+    "fs/squashfs/",
+    "fs/udf/",
+    "fs/xfs/",
+    "lib/",
+    "net/",
+)
+
+_DEP_LINE = re.compile(r"^(kernel/\S+\.ko(?:\.\w+)?):(.*)$", re.MULTILINE)
+
+
+def parse_dep(text: str) -> dict[str, tuple[str, ...]]:
+    """Parse modules.dep: path -> paths it needs, the nearest first (modules.dep(5))."""
+    return {path: tuple(needs.split()) for path, needs in _DEP_LINE.findall(text)}
+
+
+def module_name(path: str) -> str:
+    """Return the name the kernel knows a module file by: "kernel/x/virtio-rng.ko" is virtio_rng."""
+    return PurePosixPath(path).name.split(".", 1)[0].replace("-", "_")
+
+
+def in_load_order(names: Sequence[str], dep: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Return the paths to load, each after what it needs. Raises `VmrtError` naming a module that is not there."""
+    by_name = {module_name(path): path for path in dep}
+    order: dict[str, None] = {}
+    for name in names:
+        if name not in by_name:
+            raise VmrtError(
+                f"the kernel package has no module {name}",
+                phase=PHASE,
+                hint="built into this kernel? then take it from vmrt.guest_image.modules.EARLY",
+            )
+        path = by_name[name]
+        for needed in (*reversed(dep[path]), path):
+            order.setdefault(needed)
+    return list(order)
+
+
+def selected(prefixes: Iterable[str], dep: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Return, sorted, the paths under the prefixes with all that they need.
+
+    Raises `VmrtError` for a prefix that names a file the kernel does not have.
+    """
+    chosen: set[str] = set()
+    for prefix in prefixes:
+        full = f"kernel/{prefix}"
+        matches = [path for path in dep if path.startswith(full)]
+        if not matches and not prefix.endswith("/"):
+            raise VmrtError(f"the kernel package has no module {full}", phase=PHASE)
+        for path in matches:
+            chosen.update((path, *dep[path]))
+    return sorted(chosen)
+
+
+async def depmod_dry(base: Path, release: str) -> dict[str, tuple[str, ...]]:
+    """Return the dependencies of all modules below `base`/lib/modules/`release`, writing nothing there."""
+    output = await spawn.run(["/sbin/depmod", "-n", "-b", base, release], timeout_s=300, phase=PHASE, resource=release)
+    dep = parse_dep(output.text())
+    if not dep:
+        raise VmrtError("depmod found no modules", phase=PHASE, resource=f"{base}/lib/modules/{release}")
+    return dep
+
+
+async def depmod(base: Path, release: str) -> None:
+    """Write modules.dep and its companions below `base`/lib/modules/`release`."""
+    await spawn.run(["/sbin/depmod", "-b", base, release], timeout_s=300, phase=PHASE, resource=release)

@@ -1,0 +1,182 @@
+"""Debian packages as the raw material: resolved by apt, fetched once, unpacked once.
+
+apt decides which version is current and checks signatures and digests; nothing here installs anything, so no root is
+needed. What apt answered is kept beside the packages: where apt has no lists (or no network is there) a build goes on
+with the versions of the last resolution, and says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vmrt import spawn
+from vmrt.errors import ProcessError, VmrtError
+
+PHASE = "guest image packages"
+_RESOLVED = "resolved.json"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """One package at one version; `digest` is "algorithm:hex" of the .deb, as the signed package list has it."""
+
+    name: str
+    version: str
+    file: str
+    size_bytes: int
+    digest: str
+
+
+class PackageCache:
+    """A directory with `debs/` (fetched packages) and `unpacked/` (their contents, by digest)."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._debs = directory / "debs"
+        self._unpacked = directory / "unpacked"
+        for path in (self._debs, self._unpacked):
+            path.mkdir(parents=True, exist_ok=True)
+
+    async def resolve(self, metapackage: str, names: Sequence[str], say: Say) -> tuple[Package, ...]:
+        """Return the current versions of `names` and of what `metapackage` depends on, sorted by name.
+
+        Raises `VmrtError` when apt cannot tell and no earlier resolution of the same names is complete in the cache.
+        """
+        try:
+            depended = await self._dependencies(metapackage)
+            packages = await self._candidates([*names, *depended])
+        except ProcessError as e:
+            kept = self._last(metapackage, names)
+            if kept is None:
+                raise VmrtError(
+                    f"apt does not know the packages: {e.stderr.splitlines()[0] if e.stderr else e.message}",
+                    phase=PHASE,
+                    hint="run `apt-get update`, and see that apt's sources name Debian 12 or later",
+                ) from e
+            say("apt cannot tell the current versions; using those of the last build")
+            return kept
+        kept = tuple(sorted(packages, key=lambda package: package.name))
+        record = {"asked": [metapackage, *sorted(names)], "packages": [asdict(package) for package in kept]}
+        _write(self.directory / _RESOLVED, json.dumps(record, indent=1))
+        return kept
+
+    async def fetch(self, packages: Sequence[Package], say: Say) -> None:
+        """Download those that are not in the cache; each is checked against its digest before it gets its name."""
+        missing = [package for package in packages if not (self._debs / package.file).is_file()]
+        if not missing:
+            return
+        total = sum(package.size_bytes for package in missing)
+        say(f"downloading {len(missing)} packages, {total / 1e6:.1f} MB")
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix="fetch-") as work:
+            argv = [*_APT_GET, "download", *(f"{package.name}={package.version}" for package in missing)]
+            try:
+                await spawn.run(argv, cwd=Path(work), timeout_s=1800, env=_environment(), phase=PHASE)
+            except ProcessError as e:
+                e.hint = "is the network up? a version that has left the mirror needs `apt-get update`"
+                raise
+            for package in missing:
+                fetched = Path(work) / package.file
+                if not fetched.is_file():
+                    raise VmrtError("apt-get downloaded another file", phase=PHASE, resource=package.file)
+                _check_digest(fetched, package.digest)
+                fetched.replace(self._debs / package.file)
+
+    async def unpack(self, package: Package) -> Path:
+        """Return a directory with the package's files. It is shared: read it, never write into it."""
+        algorithm, _, digest = package.digest.partition(":")
+        target = self._unpacked / f"{package.name}-{digest[:16]}"
+        if target.is_dir():
+            return target
+        deb = self._debs / package.file
+        # The cache may have been there for months, on any disk: what goes into every VM is checked where it is used.
+        _check_digest(deb, f"{algorithm}:{digest}")
+        work = Path(tempfile.mkdtemp(dir=self._unpacked, prefix="unpack-"))
+        try:
+            await spawn.run(["dpkg-deb", "-x", deb, work], timeout_s=600, phase=PHASE, resource=package.name)
+            work.chmod(0o755)
+            work.rename(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return target
+
+    async def _dependencies(self, metapackage: str) -> list[str]:
+        argv = ["apt-cache", "depends", "--no-recommends", "--no-suggests", metapackage]
+        output = await spawn.run(argv, env=_environment(), phase=PHASE, resource=metapackage)
+        return re.findall(r"^ +Depends: ([a-z0-9][a-z0-9+.-]+)$", output.text(), re.MULTILINE)
+
+    async def _candidates(self, names: Sequence[str]) -> list[Package]:
+        # apt-get prints no line for a file that is in the working directory already: ask from an empty one.
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix="resolve-") as work:
+            argv = [*_APT_GET, "download", "--print-uris", *names]
+            output = await spawn.run(argv, cwd=Path(work), env=_environment(), phase=PHASE)
+        return parse_uris(output.text())
+
+    def _last(self, metapackage: str, names: Sequence[str]) -> tuple[Package, ...] | None:
+        try:
+            record = json.loads((self.directory / _RESOLVED).read_text())
+            packages = tuple(Package(**entry) for entry in record["packages"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if record["asked"] != [metapackage, *sorted(names)]:
+            return None
+        return packages if all((self._debs / package.file).is_file() for package in packages) else None
+
+
+# Without the option, apt drops to the user _apt and warns where that user cannot write to the directory.
+_APT_GET = ("apt-get", "-o", "APT::Sandbox::User=root")
+
+
+def parse_uris(text: str) -> list[Package]:
+    """Parse `apt-get download --print-uris`: a line is 'URI' FILE SIZE ALGORITHM:HEX.
+
+    The file is NAME_VERSION_ARCHITECTURE.deb with the colon of an epoch written %3a.
+    """
+    packages = []
+    for line in text.splitlines():
+        words = shlex.split(line)
+        if len(words) != 4 or not words[1].endswith(".deb") or ":" not in words[3]:
+            continue
+        parts = words[1].removesuffix(".deb").split("_")
+        if len(parts) != 3 or not words[2].isdigit():
+            continue
+        version = parts[1].replace("%3a", ":")
+        packages.append(Package(parts[0], version, words[1], int(words[2]), words[3]))
+    return packages
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C.UTF-8"}
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    algorithm, _, expected = digest.partition(":")
+    try:
+        with path.open("rb") as file:
+            actual = hashlib.file_digest(file, algorithm.lower()).hexdigest()
+    except (OSError, ValueError) as e:
+        raise VmrtError(f"cannot check its digest: {e}", phase=PHASE, resource=path.name) from e
+    if actual != expected:
+        path.unlink()
+        raise VmrtError(
+            f"its {algorithm} is {actual}, the package list says {expected}",
+            phase=PHASE,
+            resource=path.name,
+            hint="it has been removed from the cache; build again",
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    staged = path.with_name(path.name + ".new")
+    staged.write_text(text + "\n")
+    staged.replace(path)
