@@ -16,20 +16,20 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vmrt import spawn
 from vmrt.agent import layout
-from vmrt.errors import UnsupportedError, VmrtError
+from vmrt.errors import NotFoundError, UnsupportedError, VmrtError
 from vmrt.guest_image import initramfs, kernel, manifest, modules, rootfs
-from vmrt.guest_image.packages import Package, PackageCache, Say
+from vmrt.guest_image.packages import Package, PackageCache, Progress, staged_directory
 from vmrt.model import GuestImage
 
 PHASE = "guest image"
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
+KERNEL_FILE = "vmlinux"
+INITRAMFS_FILE = "initramfs.cpio"
 REQUIRED = Path(__file__).parents[2] / "firmware" / "kernel.required"
 _AGENT = Path(__file__).parents[1] / "agent"
 _ROOM = Path(__file__).parent
@@ -79,6 +79,15 @@ class _Inputs:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    """The unpacked kernel package, its release, and its modules' dependencies."""
+
+    package: Path
+    release: str
+    dep: Mapping[str, tuple[str, ...]]
+
+
 def default_cache() -> Path:
     """Return where packages are kept: /var/cache for root, else the user's cache directory."""
     if os.geteuid() == 0:
@@ -87,89 +96,173 @@ def default_cache() -> Path:
 
 
 async def build(
-    output: Path, *, progress: Say | None = None, cache: Path | None = None, agent: Mapping[str, bytes] | None = None
+    output: Path,
+    *,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+    agent: Mapping[str, bytes] | None = None,
 ) -> GuestImage:
     """Bring the image in `output` up to date and return it; at once where nothing has changed.
 
-    `progress` is told each step in a few words. `agent` replaces the agent's files (path below site -> content), for
-    tests of the boot alone. Raises `VmrtError`; a failed or cancelled build leaves `current` as it was.
+    `progress` is told each step. `agent` replaces the agent's files (path below site -> content), for tests of the boot
+    alone. Raises `VmrtError`; a failed or cancelled build leaves `current` as it was.
     """
-    say: Say = progress or (lambda _: None)
     if platform.machine() != "x86_64":
         raise UnsupportedError(f"guest images are built on x86_64 only, this is {platform.machine()}", phase=PHASE)
     cache = cache or default_cache()
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        output.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / "lock", say):
-            return await _build(output.resolve(), say, cache, agent)
+        with _locked(cache, progress or _silent):
+            job = await _Job.prepare(output, cache, progress or _silent, agent)
+            return await job.run()
     except OSError as e:
         raise VmrtError(
-            f"{e.strerror or e}: {e.filename or ''}".rstrip(": "),
+            f"{e.strerror or e}: {e.filename}" if e.filename else str(e),
             phase=PHASE,
             resource=str(output),
             hint=f"an image needs 1 GB in {cache} and 150 MB in {output}, both writable",
         ) from e
 
 
-async def _build(output: Path, say: Say, cache: Path, agent: Mapping[str, bytes] | None) -> GuestImage:
-    store = PackageCache(cache)
-    inputs = await _inputs(store, say, agent)
-    version = _version(inputs.all())
-    if (output / version / manifest.FILE).is_file():
-        with contextlib.suppress(VmrtError):
-            image = manifest.load(output / version)
-            manifest.point_current(output, version)
-            say(f"guest image {version} is up to date")
-            return image
-    say(f"building guest image {version}")
-    await store.fetch(inputs.packages, say)
-    unpacked_kernel = await store.unpack(inputs.kernel_package)
-    release = _kernel_release(unpacked_kernel)
-    kernel.check_config(unpacked_kernel / "boot" / f"config-{release}", REQUIRED)
-    dep = await modules.depmod_dry(unpacked_kernel, release)
-    base = await _base_tree(cache, store, inputs, unpacked_kernel, release, dep, say)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One build, from its inputs on."""
 
-    work = Path(tempfile.mkdtemp(dir=output, prefix=".build-"))
-    try:
-        names = await _write_files(work, base, unpacked_kernel, release, dep, inputs, version, say)
-        files = [await asyncio.to_thread(manifest.describe, work / name) for name in names]
+    output: Path
+    cache: Path
+    store: PackageCache
+    inputs: _Inputs
+    progress: Progress
+
+    @classmethod
+    async def prepare(cls, output: Path, cache: Path, progress: Progress, agent: Mapping[str, bytes] | None) -> _Job:
+        """Learn what the image has to be made of."""
+        store = PackageCache(cache)
+        return cls(output, cache, store, await _inputs(store, progress, agent), progress)
+
+    def say(self, what: str) -> None:
+        self.progress(what, 0, 0)
+
+    async def run(self) -> GuestImage:
+        """Make the image unless it is there, and point `current` at it."""
+        version = _version(self.inputs.all())
+        image = await asyncio.to_thread(self._existing, version)
+        if image is None:
+            self.say(f"building guest image {version}")
+            self.output.mkdir(parents=True, exist_ok=True)
+            with staged_directory(self.output / version, prefix=".build-") as work:
+                await self._make(work, version)
+            image = manifest.load(self.output / version, verify=False)
+            size = image.rootfs.stat().st_size / 1e6
+            self.say(f"guest image {version}: kernel {image.kernel_release}, root {size:.1f} MB")
+        manifest.point_current(self.output, version)
+        return image
+
+    def _existing(self, version: str) -> GuestImage | None:
+        try:
+            image = manifest.load(self.output / version)
+        except NotFoundError:
+            return None
+        except VmrtError as e:
+            self.say(f"{e.message}; building it again")
+            return None
+        self.say(f"guest image {version} is up to date")
+        return image
+
+    async def _make(self, work: Path, version: str) -> None:
+        """Fill `work` with the image's files and the manifest."""
+        await self.store.fetch(self.inputs.packages, self.progress)
+        package = await self.store.unpack(self.inputs.kernel_package)
+        release = _kernel_release(package)
+        kernel.check_config(package / "boot" / f"config-{release}", REQUIRED)
+        unpacked = _Kernel(package, release, await modules.depmod_dry(package, release))
+        base = await self._base_tree(unpacked)
+
+        names = (KERNEL_FILE, INITRAMFS_FILE, f"root.{self.inputs.filesystem}")
+        await asyncio.to_thread(self._write_kernel, unpacked, work / names[0], work / names[1])
+        await self._write_root(base, version, work / names[2])
+        await asyncio.to_thread(self._write_manifest, work, version, release, names)
+
+    async def _base_tree(self, unpacked: _Kernel) -> Path:
+        """Return the tree without the agent, made unless the cache has it."""
+        target = self.cache / "base" / _version(self.inputs.base())
+        if target.is_dir():
+            return target
+        self.say("assembling the root tree")
+        others = [package for package in self.inputs.packages if package != self.inputs.kernel_package]
+        parts = [await self.store.unpack(package) for package in others]
+        await asyncio.to_thread(_fresh_directory, target.parent)  # trees of earlier inputs; we hold the cache's lock
+        with staged_directory(target, prefix="assemble-") as work:
+            await asyncio.to_thread(
+                rootfs.assemble_base,
+                work,
+                parts,
+                unpacked.package,
+                unpacked.release,
+                unpacked.dep,
+                self.inputs.protobuf,
+            )
+            await modules.depmod(work, unpacked.release)
+            self.say("compiling the standard library")
+            await rootfs.compile_bytecode(work, rootfs.PYTHON)
+        return target
+
+    def _write_kernel(self, unpacked: _Kernel, elf: Path, archive: Path) -> None:
+        bzimage = unpacked.package / "boot" / f"vmlinuz-{unpacked.release}"
+        elf.write_bytes(kernel.vmlinux(bzimage.read_bytes(), name=bzimage.name))
+        filesystem = self.inputs.filesystem
+        early = modules.EARLY if filesystem == "erofs" else (filesystem, *modules.EARLY)
+        directory = unpacked.package / "lib/modules" / unpacked.release
+        files = [directory / path for path in modules.in_load_order(early, unpacked.dep)]
+        archive.write_bytes(initramfs.build(self.inputs.init, files, filesystem))
+
+    async def _write_root(self, base: Path, version: str, image: Path) -> None:
+        self.say(f"writing the root image ({self.inputs.filesystem})")
+        tree = image.with_name("tree")
+        try:
+            await asyncio.to_thread(shutil.copytree, base, tree, symlinks=True)
+            await asyncio.to_thread(rootfs.add_agent, tree, self.inputs.agent, version)
+            await rootfs.compile_bytecode(tree, rootfs.PYTHON / "vmrt")
+            await rootfs.check_imports(tree, [name for path in self.inputs.agent if (name := _importable(path))])
+            await rootfs.make_image(tree, image, self.inputs.filesystem)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, tree, ignore_errors=True)
+
+    def _write_manifest(self, work: Path, version: str, release: str, names: tuple[str, str, str]) -> None:
+        files = [manifest.describe(work / name) for name in names]
         document = manifest.Manifest(
             version=version,
             protocol=layout.PROTOCOL_VERSION,
             kernel_release=release,
             cmdline=CMDLINE,
-            filesystem=inputs.filesystem,
+            filesystem=self.inputs.filesystem,
             kernel=files[0],
             initramfs=files[1],
             rootfs=files[2],
-            inputs=inputs.all(),
+            inputs=self.inputs.all(),
         )
         (work / manifest.FILE).write_text(manifest.dumps(document))
         for path in work.iterdir():
-            path.chmod(0o644)
-        work.chmod(0o755)  # QEMU's user reads the files
-        # A directory of this version that did not pass `load` above is damaged: it makes way.
-        if (output / version).exists():
-            shutil.rmtree(output / version)
-        work.rename(output / version)
-    finally:
-        await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
-    manifest.point_current(output, version)
-    say(f"guest image {version}: kernel {release}, root {files[2].size_bytes / 1e6:.1f} MB {inputs.filesystem}")
-    return manifest.load(output / version, verify=False)
+            path.chmod(0o644)  # whatever the umask: QEMU's user reads them
 
 
-async def _inputs(store: PackageCache, say: Say, agent: Mapping[str, bytes] | None) -> _Inputs:
+async def _inputs(store: PackageCache, progress: Progress, agent: Mapping[str, bytes] | None) -> _Inputs:
     filesystem = rootfs.choose_filesystem()
-    packages, init, tool = await asyncio.gather(
-        store.resolve(KERNEL_PACKAGE, rootfs.PACKAGES, say), initramfs.compile_init(), _tool_version(filesystem)
+    packages, init = await asyncio.gather(
+        store.resolve(KERNEL_PACKAGE, rootfs.PACKAGES, progress), initramfs.compile_init()
     )
     kernels = [package for package in packages if package.name.startswith("linux-image-")]
     if len(kernels) != 1:
         names = ", ".join(package.name for package in kernels)
         raise VmrtError(f"expected one kernel package, got: {names or 'none'}", phase=PHASE, resource=KERNEL_PACKAGE)
-    return _Inputs(packages, kernels[0], filesystem, tool, init, agent or agent_files(_AGENT), _protobuf_site())
+    return _Inputs(
+        packages,
+        kernels[0],
+        filesystem,
+        _tool_version(filesystem),
+        init,
+        agent or agent_files(_AGENT),
+        _protobuf_site(),
+    )
 
 
 def agent_files(agent: Path) -> dict[str, bytes]:
@@ -195,14 +288,13 @@ def _protobuf_site() -> Path:
     return Path(spec.origin).parents[2]
 
 
-async def _tool_version(filesystem: str) -> str:
-    argv = ["mkfs.erofs", "--help"] if filesystem == "erofs" else ["mksquashfs", "-version"]
-    done = await spawn.run(argv, check=False, phase=PHASE)
-    text = done.stdout + b"\n" + done.stderr
-    path = shutil.which(argv[0])
+def _tool_version(filesystem: str) -> str:
     # mkfs.erofs 1.5 knows no --version; the program's own digest is the surest name for what it does.
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else hashlib.sha256(text).hexdigest()
-    return f"{argv[0]} {digest}"
+    name = rootfs.TOOLS[filesystem]
+    path = shutil.which(name)
+    if path is None:
+        raise VmrtError(f"{name} has vanished", phase=PHASE)
+    return f"{name} {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
 
 
 def _kernel_release(unpacked: Path) -> str:
@@ -210,70 +302,6 @@ def _kernel_release(unpacked: Path) -> str:
     if len(releases) != 1:
         raise VmrtError(f"expected one kernel release, got {releases}", phase=PHASE, resource=str(unpacked))
     return releases[0]
-
-
-async def _base_tree(
-    cache: Path,
-    store: PackageCache,
-    inputs: _Inputs,
-    unpacked_kernel: Path,
-    release: str,
-    dep: Mapping[str, tuple[str, ...]],
-    say: Say,
-) -> Path:
-    """Return the tree without the agent, made unless the cache has it."""
-    target = cache / "base" / _version(inputs.base())
-    if target.is_dir():
-        return target
-    say("assembling the root tree")
-    target.parent.mkdir(exist_ok=True)
-    parts = [await store.unpack(package) for package in inputs.packages if package != inputs.kernel_package]
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix="assemble-"))
-    try:
-        await asyncio.to_thread(rootfs.assemble_base, work, parts, unpacked_kernel, release, dep, inputs.protobuf)
-        await modules.depmod(work, release)
-        say("compiling the standard library")
-        await rootfs.compile_bytecode(work, rootfs.PYTHON)
-        for old in target.parent.iterdir():
-            if old != work:
-                shutil.rmtree(old)  # trees of earlier inputs; we hold the cache's lock
-        work.rename(target)
-    finally:
-        await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
-    return target
-
-
-async def _write_files(
-    work: Path,
-    base: Path,
-    unpacked_kernel: Path,
-    release: str,
-    dep: Mapping[str, tuple[str, ...]],
-    inputs: _Inputs,
-    version: str,
-    say: Say,
-) -> Sequence[str]:
-    """Write kernel, initramfs and root image into `work`; return their names in this order."""
-    names = ("vmlinux", "initramfs.cpio", f"root.{inputs.filesystem}")
-    bzimage = unpacked_kernel / "boot" / f"vmlinuz-{release}"
-    elf = await asyncio.to_thread(lambda: kernel.vmlinux(bzimage.read_bytes(), name=bzimage.name))
-    (work / names[0]).write_bytes(elf)
-
-    early = modules.EARLY if inputs.filesystem == "erofs" else ("squashfs", *modules.EARLY)
-    order = [unpacked_kernel / "lib/modules" / release / path for path in modules.in_load_order(early, dep)]
-    (work / names[1]).write_bytes(initramfs.build(inputs.init, order, inputs.filesystem))
-
-    say(f"writing the root image ({inputs.filesystem})")
-    tree = work / "tree"
-    try:
-        await asyncio.to_thread(shutil.copytree, base, tree, symlinks=True)
-        rootfs.add_agent(tree, inputs.agent, version)
-        await rootfs.compile_bytecode(tree, rootfs.PYTHON / "vmrt")
-        await rootfs.check_imports(tree, [module for path in inputs.agent if (module := _importable(path))])
-        await rootfs.make_image(tree, work / names[2], inputs.filesystem)
-    finally:
-        await asyncio.to_thread(shutil.rmtree, tree, ignore_errors=True)
-    return names
 
 
 def _version(inputs: Mapping[str, object]) -> str:
@@ -292,15 +320,25 @@ def _digest_files(base: Path, paths: Sequence[Path]) -> str:
     return _digest({str(path.relative_to(base)): path.read_bytes() for path in paths})
 
 
+def _fresh_directory(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
 @contextlib.contextmanager
-def _locked(path: Path, say: Say) -> Iterator[None]:
-    with path.open("w") as file:
+def _locked(cache: Path, progress: Progress) -> Iterator[None]:
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("waiting for another build to finish")
+            progress("waiting for another build to finish", 0, 0)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Take progress reports that nobody wants."""
 
 
 __all__ = ["CMDLINE", "KERNEL_PACKAGE", "agent_files", "build", "default_cache"]

@@ -7,6 +7,8 @@ with the versions of the last resolution, and says so.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +16,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from vmrt.errors import ProcessError, VmrtError
 PHASE = "guest image packages"
 _RESOLVED = "resolved.json"
 
-Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total) as work goes on; octets, total 0 where there is nothing to count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,15 @@ class Package:
     digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Resolution:
+    """What apt answered: to which question, and in which state it was."""
+
+    asked: list[str]
+    apt_state: str
+    packages: tuple[Package, ...]
+
+
 class PackageCache:
     """A directory with `debs/` (fetched packages) and `unpacked/` (their contents, by digest)."""
 
@@ -48,67 +60,66 @@ class PackageCache:
         for path in (self._debs, self._unpacked):
             path.mkdir(parents=True, exist_ok=True)
 
-    async def resolve(self, metapackage: str, names: Sequence[str], say: Say) -> tuple[Package, ...]:
+    async def resolve(self, metapackage: str, names: Sequence[str], progress: Progress) -> tuple[Package, ...]:
         """Return the current versions of `names` and of what `metapackage` depends on, sorted by name.
 
         Raises `VmrtError` when apt cannot tell and no earlier resolution of the same names is complete in the cache.
         """
+        asked, state = [metapackage, *sorted(names)], await asyncio.to_thread(_apt_state)
+        if (last := self._last(asked)) is not None and last.apt_state == state:
+            return last.packages
         try:
             depended = await self._dependencies(metapackage)
             packages = await self._candidates([*names, *depended])
         except ProcessError as e:
-            kept = self._last(metapackage, names)
-            if kept is None:
+            if last is None:
                 raise VmrtError(
                     f"apt does not know the packages: {e.stderr.splitlines()[0] if e.stderr else e.message}",
                     phase=PHASE,
                     hint="run `apt-get update`, and see that apt's sources name Debian 12 or later",
                 ) from e
-            say("apt cannot tell the current versions; using those of the last build")
-            return kept
-        kept = tuple(sorted(packages, key=lambda package: package.name))
-        record = {"asked": [metapackage, *sorted(names)], "packages": [asdict(package) for package in kept]}
-        _write(self.directory / _RESOLVED, json.dumps(record, indent=1))
-        return kept
+            progress("apt cannot tell the current versions; using those of the last build", 0, 0)
+            return last.packages
+        resolution = _Resolution(asked, state, tuple(sorted(packages, key=lambda package: package.name)))
+        _write(self.directory / _RESOLVED, json.dumps(asdict(resolution), indent=1))
+        return resolution.packages
 
-    async def fetch(self, packages: Sequence[Package], say: Say) -> None:
+    async def fetch(self, packages: Sequence[Package], progress: Progress) -> None:
         """Download those that are not in the cache; each is checked against its digest before it gets its name."""
         missing = [package for package in packages if not (self._debs / package.file).is_file()]
         if not missing:
             return
         total = sum(package.size_bytes for package in missing)
-        say(f"downloading {len(missing)} packages, {total / 1e6:.1f} MB")
         with tempfile.TemporaryDirectory(dir=self.directory, prefix="fetch-") as work:
             argv = [*_APT_GET, "download", *(f"{package.name}={package.version}" for package in missing)]
+            watch = asyncio.create_task(_watch(Path(work), total, progress))
             try:
                 await spawn.run(argv, cwd=Path(work), timeout_s=1800, env=_environment(), phase=PHASE)
             except ProcessError as e:
                 e.hint = "is the network up? a version that has left the mirror needs `apt-get update`"
                 raise
+            finally:
+                watch.cancel()
             for package in missing:
-                fetched = Path(work) / package.file
-                if not fetched.is_file():
-                    raise VmrtError("apt-get downloaded another file", phase=PHASE, resource=package.file)
-                _check_digest(fetched, package.digest)
-                fetched.replace(self._debs / package.file)
+                await asyncio.to_thread(self._take, Path(work) / package.file, package)
 
     async def unpack(self, package: Package) -> Path:
         """Return a directory with the package's files. It is shared: read it, never write into it."""
-        algorithm, _, digest = package.digest.partition(":")
-        target = self._unpacked / f"{package.name}-{digest[:16]}"
+        target = self._unpacked / f"{package.name}-{package.digest.partition(':')[2][:16]}"
         if target.is_dir():
             return target
         deb = self._debs / package.file
         # The cache may have been there for months, on any disk: what goes into every VM is checked where it is used.
-        _check_digest(deb, f"{algorithm}:{digest}")
-        work = Path(tempfile.mkdtemp(dir=self._unpacked, prefix="unpack-"))
-        try:
+        await asyncio.to_thread(_check_digest, deb, package.digest)
+        with staged_directory(target, prefix="unpack-") as work:
             await spawn.run(["dpkg-deb", "-x", deb, work], timeout_s=600, phase=PHASE, resource=package.name)
-            work.chmod(0o755)
-            work.rename(target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
         return target
+
+    def _take(self, fetched: Path, package: Package) -> None:
+        if not fetched.is_file():
+            raise VmrtError("apt-get downloaded another file", phase=PHASE, resource=package.file)
+        _check_digest(fetched, package.digest)
+        fetched.replace(self._debs / package.file)
 
     async def _dependencies(self, metapackage: str) -> list[str]:
         argv = ["apt-cache", "depends", "--no-recommends", "--no-suggests", metapackage]
@@ -122,15 +133,63 @@ class PackageCache:
             output = await spawn.run(argv, cwd=Path(work), env=_environment(), phase=PHASE)
         return parse_uris(output.text())
 
-    def _last(self, metapackage: str, names: Sequence[str]) -> tuple[Package, ...] | None:
+    def _last(self, asked: list[str]) -> _Resolution | None:
+        """Return the last answer to the same question, if everything it names is in the cache."""
         try:
             record = json.loads((self.directory / _RESOLVED).read_text())
             packages = tuple(Package(**entry) for entry in record["packages"])
+            resolution = _Resolution(record["asked"], record["apt_state"], packages)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        if record["asked"] != [metapackage, *sorted(names)]:
-            return None
-        return packages if all((self._debs / package.file).is_file() for package in packages) else None
+        complete = all((self._debs / package.file).is_file() for package in packages)
+        return resolution if complete and resolution.asked == asked else None
+
+
+def _apt_state() -> str:
+    """Return a name for apt's lists and configuration: while they are as they were, so is apt's answer.
+
+    Asking apt takes a second, and a build that has nothing to do should not.
+    """
+    total = hashlib.sha256()
+    for directory in (Path("/var/lib/apt/lists"), Path("/etc/apt")):
+        for path in sorted(directory.rglob("*")):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                total.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def staged_directory(target: Path, *, prefix: str) -> Iterator[Path]:
+    """Give a fresh directory beside `target` that becomes `target` when the block succeeds and vanishes otherwise.
+
+    A `target` that exists is replaced: the caller has found it wanting.
+    """
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+    try:
+        yield work
+        work.chmod(0o755)  # mkdtemp's 0700 would keep other users (QEMU's, for one) out
+        if target.exists():
+            shutil.rmtree(target)
+        work.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+async def _watch(directory: Path, total: int, progress: Progress) -> None:
+    """Report how much lies in a directory that apt downloads into, until cancelled."""
+    while True:
+        done = await asyncio.to_thread(_size_below, directory)
+        progress("downloading packages", min(done, total), total)
+        await asyncio.sleep(0.2)
+
+
+def _size_below(directory: Path) -> int:
+    count = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # apt renames what it has finished
+            count += path.lstat().st_size
+    return count
 
 
 # Without the option, apt drops to the user _apt and warns where that user cannot write to the directory.

@@ -1,8 +1,8 @@
 """The root file system: a tree made of packages' files, the agent laid over it, and the read-only image of both.
 
-The tree is usr-merged (/bin, /sbin, /lib, /lib64 are links). No maintainer script runs and nothing is installed: what is
-named below is copied, then the closure over the ELF files' DT_NEEDED brings the libraries. Owners, times and modes are
-normalised, so the same input gives the same image.
+The tree is usr-merged (/bin, /sbin, /lib, /lib64 are links). No maintainer script runs and nothing is installed: what
+is named below is copied, then the closure over the ELF files' DT_NEEDED brings the libraries. Owners, times and modes
+are normalised, so the same input gives the same image.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from vmrt.errors import ProcessError, VmrtError
 from vmrt.guest_image import elf, modules
 
 PHASE = "guest image root"
+
+# File system -> the tool that writes it, the preferred one first.
+TOOLS = {"erofs": "mkfs.erofs", "squashfs": "mksquashfs"}
 
 # What apt is asked for; the kernel comes by its metapackage (build.KERNEL_PACKAGE).
 PACKAGES: tuple[str, ...] = (
@@ -51,7 +54,7 @@ _PYTHON = "usr/lib/python3.11"
 PYTHON = PurePosixPath(_PYTHON)
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
 _PROGRAMS = ("usr/bin/busybox", "usr/bin/crun", "usr/bin/kmod", "usr/bin/python3.11")
-# libgcc_s is opened by glibc itself when a thread is cancelled or a C++ exception unwinds; nothing names it in DT_NEEDED.
+# glibc itself opens libgcc_s when a thread is cancelled; nothing names it in DT_NEEDED.
 _OPENED_LIBRARIES = ("libgcc_s.so.1",)
 _DIRECTORIES = ("dev", "etc", "mnt", "proc", "root", "run", "sys", "tmp", "usr/sbin", "var/lib", "var/log", "var/tmp")
 _LINKS = {
@@ -179,8 +182,9 @@ def _python(tree: Path) -> list[str | Path]:
 
 
 async def make_image(tree: Path, target: Path, filesystem: str) -> None:
-    """Write the tree as a read-only image of the `filesystem` "erofs" or "squashfs". The modes in `tree` are changed."""
+    """Write the tree as a read-only "erofs" or "squashfs" image. The modes in `tree` are changed."""
     normalise(tree)
+    argv: list[str | Path]
     if filesystem == "erofs":
         # Not compressed: the host's page cache is shared by all VMs, and reading must cost an emulated CPU little.
         argv = ["mkfs.erofs", "--quiet", "-x-1", "-T0", f"-U{_UUID}", "--all-root", target, tree]
@@ -193,7 +197,7 @@ async def make_image(tree: Path, target: Path, filesystem: str) -> None:
 
 def choose_filesystem() -> str:
     """Return "erofs" where mkfs.erofs is installed, else "squashfs". Raises `VmrtError` where neither tool is."""
-    for tool, filesystem in (("mkfs.erofs", "erofs"), ("mksquashfs", "squashfs")):
+    for filesystem, tool in TOOLS.items():
         if shutil.which(tool):
             return filesystem
     raise VmrtError("neither mkfs.erofs nor mksquashfs is installed", phase=PHASE, hint="install Debian's erofs-utils")
