@@ -17,7 +17,6 @@ from typing import Any
 import vmrt
 from vmrt.cri import fields
 from vmrt.cri.image_service import registry_auth
-from vmrt.cri.interceptor import refuse_rest
 from vmrt.cri.ports import Pods
 from vmrt.errors import NotFoundError
 from vmrt.model import Image
@@ -83,7 +82,6 @@ def _as_json(info: Mapping[str, str]) -> str:
     return json.dumps(values, indent=2)
 
 
-@refuse_rest
 class ControlService(control_grpc.ControlServicer):
     """Served beside CRI's services, on the same socket."""
 

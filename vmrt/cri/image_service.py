@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from vmrt.cri import fields, specs, statuses
-from vmrt.cri.interceptor import refuse_rest
+from vmrt.cri.interceptor import unimplemented
 from vmrt.model import Image, RegistryAuth
 from vmrt.pods.drivers import ImageStore
 from vmrt.proto.runtime.v1 import api_pb2 as cri
@@ -42,7 +42,6 @@ def image_info(image: Image) -> dict[str, str]:
     return {"config": json.dumps(dataclasses.asdict(image.config)), "layers": json.dumps(layers)}
 
 
-@refuse_rest
 class ImageService(cri_grpc.ImageServiceServicer):
     """Every image is for every handler, so an ImageSpec's runtime_handler makes no difference."""
 
@@ -84,3 +83,5 @@ class ImageService(cri_grpc.ImageServiceServicer):
             inodes_used=cri.UInt64Value(value=inodes_used),
         )
         return cri.ImageFsInfoResponse(image_filesystems=[usage])
+
+    StreamImages = unimplemented("StreamImages")

@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -43,27 +43,18 @@ _POLLED = frozenset(
         "ImageService/ImageFsInfo",
     )
 )
-_STATUS: dict[Code, grpc.StatusCode] = {
+STATUS: dict[Code, grpc.StatusCode] = {
     Code(status.value[0]): status for status in grpc.StatusCode if status.value[0] in set(Code)
 }
 
-_Servicer = TypeVar("_Servicer")
 
+def unimplemented(method: str) -> Any:
+    """Return a handler, unary or streaming, for a call of the interface that vmrt does not have yet."""
 
-def refuse_rest(servicer: type[_Servicer]) -> type[_Servicer]:
-    """Class decorator: calls of the generated base class that the class does not define raise `UnimplementedError`."""
+    async def refuse(_self: Any, _request: Any, _context: Any) -> Any:
+        raise UnimplementedError(f"{method} is not implemented by vmrt {vmrt.__version__}")
 
-    def refusal(method: str) -> Callable[[Any, Any, Any], Awaitable[Any]]:
-        async def refuse(_self: Any, _request: Any, _context: Any) -> Any:
-            raise UnimplementedError(f"{method} is not implemented by vmrt {vmrt.__version__}")
-
-        return refuse
-
-    for base in servicer.__mro__[1:-1]:
-        for name in vars(base):
-            if not name.startswith("_") and getattr(servicer, name) is getattr(base, name):
-                setattr(servicer, name, refusal(name))
-    return servicer
+    return refuse
 
 
 class OutcomeInterceptor(grpc.aio.ServerInterceptor):
@@ -137,7 +128,7 @@ async def _fail(method: str, started: float, error: BaseException, context: grpc
     elif isinstance(error, VmrtError):
         level = logging.INFO if error.code is not Code.INTERNAL else logging.ERROR
         log.log(level, "%s: %s in %.1f ms: %s", method, error.code.name, spent_ms, error)
-        await context.abort(_STATUS[error.code], bounded(str(error)))
+        await context.abort(STATUS[error.code], bounded(str(error)))
     elif isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
         ident = secrets.token_hex(4)
         log.error("%s: internal error %s after %.1f ms", method, ident, spent_ms, exc_info=error)

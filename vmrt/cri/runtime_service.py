@@ -1,7 +1,6 @@
 """CRI's RuntimeService: each call translates, asks the pods room once, and translates back.
 
-Calls that vmrt does not have yet (streaming, statistics, metrics, events, stream lists, updates, checkpoints) are
-answered UNIMPLEMENTED by `refuse_rest`. Errors are raised as they come; `OutcomeInterceptor` maps them.
+Errors are raised as they come; `OutcomeInterceptor` maps them, those of the calls that are still to come too.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import vmrt
 from vmrt.cri import fields, filters, specs, statuses
-from vmrt.cri.interceptor import refuse_rest
+from vmrt.cri.interceptor import unimplemented
 from vmrt.cri.ports import Pods
 from vmrt.errors import NotFoundError
 from vmrt.proto.runtime.v1 import api_pb2 as cri
@@ -42,7 +41,6 @@ def fit_output(stdout: bytes, stderr: bytes, limit: int = _OUTPUT_LIMIT_BYTES) -
     return stdout, stderr[: limit - len(stdout)]
 
 
-@refuse_rest
 class RuntimeService(cri_grpc.RuntimeServiceServicer):
     """`handlers` are the names of the configured RuntimeClass handlers."""
 
@@ -176,6 +174,27 @@ class RuntimeService(cri_grpc.RuntimeServiceServicer):
         """Go over to a new log file."""
         await self._pods.reopen_log(self._container_id(request.container_id))
         return cri.ReopenContainerLogResponse()
+
+    # --- to come; clients know to fall back, or to say so, on UNIMPLEMENTED ---
+
+    StreamPodSandboxes = unimplemented("StreamPodSandboxes")
+    StreamContainers = unimplemented("StreamContainers")
+    UpdateContainerResources = unimplemented("UpdateContainerResources")
+    Exec = unimplemented("Exec")
+    Attach = unimplemented("Attach")
+    PortForward = unimplemented("PortForward")
+    ContainerStats = unimplemented("ContainerStats")
+    ListContainerStats = unimplemented("ListContainerStats")
+    StreamContainerStats = unimplemented("StreamContainerStats")
+    PodSandboxStats = unimplemented("PodSandboxStats")
+    ListPodSandboxStats = unimplemented("ListPodSandboxStats")
+    StreamPodSandboxStats = unimplemented("StreamPodSandboxStats")
+    CheckpointContainer = unimplemented("CheckpointContainer")
+    GetContainerEvents = unimplemented("GetContainerEvents")
+    ListMetricDescriptors = unimplemented("ListMetricDescriptors")
+    ListPodSandboxMetrics = unimplemented("ListPodSandboxMetrics")
+    StreamPodSandboxMetrics = unimplemented("StreamPodSandboxMetrics")
+    UpdatePodSandboxResources = unimplemented("UpdatePodSandboxResources")
 
     def _sandbox_id(self, value: str) -> str:
         return self._pods.sandbox(_id(value, "pod_sandbox_id")).id
