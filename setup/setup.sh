@@ -51,11 +51,16 @@ work() {
     [ "$status" = 0 ] || die "$what failed: $(reason "$start"); $advice (all of it: $LOG)"
 }
 
-# The line of the log that most likely says why, from line $1 on.
+# What most likely is the cause, of the log from line $1 on: a phrase that names it, else the first error, else the end.
 reason() {
-    local lines
+    local lines phrases="Could not resolve|Temporary failure|Name or service not known|Network is unreachable|\
+No space left|Permission denied|Connection (refused|timed out|reset)|certificate verify failed|Unable to locate package"
     lines=$(tail -n +"$1" "$LOG" | tr '\r' '\n' | sed -e 's/\x1b\[[0-9;]*[A-Za-z]//g' -e '/^[[:space:]]*$/d')
-    { grep -m1 -E '^(E: |Err:|ERROR: |error: |error\[|.*[Ee]rror: )' <<<"$lines" || tail -n 1 <<<"$lines"; } | cut -c1-300
+    {
+        grep -m1 -oiE "($phrases)[^,;()'\"]*" <<<"$lines" ||
+            grep -m1 -E '^[[:space:]]*(E: |ERROR: |error(\[|: )|vmrt: |.*[a-z]Error: )' <<<"$lines" ||
+            tail -n 1 <<<"$lines"
+    } | head -n 1 | sed 's/^[[:space:]]*//; s/[[:space:]]*$//' | cut -c1-300
 }
 
 stamp_matches() { [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
