@@ -5,6 +5,7 @@ At most `BURST` lines at once and `RATE` a second after that; what is dropped is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -46,7 +47,6 @@ def _printable(text: str) -> str:
 
 
 def _write(text: str) -> None:
-    try:
+    # A console that cannot be written to has no one to tell.
+    with contextlib.suppress(OSError):
         os.write(2, text.encode(errors="replace"))
-    except OSError:
-        pass  # a console that cannot be written to has no one to tell

@@ -56,19 +56,19 @@ def _check(result: int, filename: str = "") -> int:
 
 
 def mount(source: str, target: str, fstype: str, flags: int = 0, data: str = "") -> None:
-    """mount(2). Raises `OSError` naming the target."""
+    """Mount a file system (mount(2)). Raises `OSError` naming the target."""
     libc = _load()
     args = (os.fsencode(source), os.fsencode(target), os.fsencode(fstype))
     _check(libc.mount(*args, _ulong(flags), os.fsencode(data) if data else None), target)
 
 
 def umount(target: str, flags: int = MNT_DETACH) -> None:
-    """umount2(2), by default at once and with everything below it. Raises `OSError` naming the target."""
+    """Unmount (umount2(2)), by default at once and with everything below it. Raises `OSError` naming the target."""
     _check(_load().umount2(os.fsencode(target), flags), target)
 
 
 def unshare(flags: int) -> None:
-    """unshare(2), for the calling thread where the flags allow that."""
+    """Leave namespaces (unshare(2)), for the calling thread where the flags allow that."""
     _check(_load().unshare(flags))
 
 

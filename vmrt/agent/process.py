@@ -16,6 +16,8 @@ import os
 import threading
 import time
 
+from vmrt.agent import agent_pb2 as pb
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,12 +30,18 @@ DEVNULL = -1
 class Exit:
     """How a process ended: `code` as a shell counts it (128 + `signal` when killed by one), at `at_ns` (monotonic)."""
 
-    __slots__ = ("at_ns", "code", "signal")
+    __slots__ = ("at_ns", "code", "oom_killed", "signal")
 
     def __init__(self, wait_status: int) -> None:
         self.signal = os.WTERMSIG(wait_status) if os.WIFSIGNALED(wait_status) else 0
         self.code = 128 + self.signal if self.signal else os.WEXITSTATUS(wait_status)
         self.at_ns = time.monotonic_ns()
+        self.oom_killed = False
+
+    def frame(self) -> pb.ExitFrame:
+        """Return it as the protocol tells it."""
+        age_us = max(0, time.monotonic_ns() - self.at_ns) // 1000
+        return pb.ExitFrame(code=self.code, signal=self.signal, oom_killed=self.oom_killed, age_us=age_us)
 
 
 class Child:

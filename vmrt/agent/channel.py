@@ -1,0 +1,152 @@
+"""One stream connection: frames in and out over a non-blocking socket, for a session that polls several descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import time
+
+from vmrt.agent import agent_pb2 as pb
+from vmrt.agent import frames, status
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+
+_READ = 65536
+# Sources are not read while more than this waits for the socket: the kernel's flow control is the back-pressure.
+_HIGH_WATER = 128 * 1024
+HELLO_TIMEOUT_S = 10.0
+HANGUP = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
+
+
+class Closed(Exception):
+    """The host has closed the connection, or broken the protocol."""
+
+
+class Channel:
+    """Framed connection. Every method but `flush` is non-blocking."""
+
+    def __init__(self, connection: _socket.socket) -> None:
+        self.connection = connection
+        self._decoder = frames.Decoder(frames.FROM_HOST)
+        self._out = bytearray()
+        connection.setblocking(False)
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self.connection.fileno()
+
+    @property
+    def congested(self) -> bool:
+        """Whether no more should be queued now."""
+        return len(self._out) > _HIGH_WATER
+
+    def interest(self, *, read: bool = True) -> int:
+        """Return the poll(2) events to wait for. A hang-up is always told, also while nothing is read."""
+        events: int = select.POLLRDHUP
+        if read:
+            events |= select.POLLIN
+        if self._out:
+            events |= select.POLLOUT
+        return events
+
+    def receive(self) -> list[frames.Frame]:
+        """Return the frames that are here now. Raises `Closed` at the end of the connection or for a broken frame."""
+        try:
+            data = self.connection.recv(_READ)
+        except BlockingIOError:
+            return []
+        except OSError as e:
+            raise Closed(str(e)) from e
+        if not data:
+            raise Closed("closed by the host")
+        try:
+            return self._decoder.feed(data)
+        except frames.FrameError as e:
+            raise Closed(str(e)) from e
+
+    def send(self, frame: bytes) -> None:
+        """Queue a frame and send what the socket takes. Raises `Closed`."""
+        self._out += frame
+        self.push()
+
+    def push(self) -> None:
+        """Send what the socket takes. Raises `Closed`."""
+        while self._out:
+            try:
+                sent = self.connection.send(memoryview(self._out)[:_READ])
+            except BlockingIOError:
+                return
+            except OSError as e:
+                raise Closed(str(e)) from e
+            del self._out[:sent]
+
+    def flush(self) -> None:
+        """Send all that is queued, for as long as the host stays connected. Raises `Closed`."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLOUT | select.POLLRDHUP)
+        while self._out:
+            for _, events in poll.poll():
+                if events & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
+                    raise Closed("hung up")
+            self.push()
+
+    def hello(self, timeout_s: float = HELLO_TIMEOUT_S) -> pb.StreamHello:
+        """Wait for the first frame. Raises `Closed` when it does not come or is no HELLO."""
+        deadline = time.monotonic() + timeout_s
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1000):
+                raise Closed("no hello in time")
+            try:
+                data = self.connection.recv(_READ)
+                # Only the first frame: what follows may be meant for a stream without frames.
+                received = self._decoder.feed(data, 1)
+                if received and received[0].type == pb.HELLO:
+                    return received[0].parse(pb.StreamHello)
+            except BlockingIOError:
+                continue
+            except (OSError, frames.FrameError) as e:
+                raise Closed(str(e)) from e
+            if received or not data:
+                raise Closed("the first frame is no hello")
+
+    def reply(self, error: status.AgentError | None = None) -> None:
+        """Answer the hello. Raises `Closed`."""
+        message = pb.StreamReply() if error is None else pb.StreamReply(code=error.code, message=error.message)
+        self.send(frames.encode(pb.REPLY, message.SerializeToString()))
+
+    def pending(self) -> list[frames.Frame]:
+        """Return frames that came together with the hello. Raises `Closed` for a broken one."""
+        try:
+            return self._decoder.feed(b"")
+        except frames.FrameError as e:
+            raise Closed(str(e)) from e
+
+    def take_rest(self) -> bytes:
+        """Take the octets behind the hello, for a stream without frames."""
+        return self._decoder.take_rest()
+
+    def close(self) -> None:
+        """Close the connection."""
+        with contextlib.suppress(OSError):
+            self.connection.close()
+
+
+class Pollset:
+    """A poll(2) set built anew each turn, with negative descriptors left out."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+
+    def add(self, fd: int, events: int) -> None:
+        """Wait for these events of `fd`; a negative `fd` is nothing to wait for."""
+        if fd >= 0:
+            self._poll.register(fd, events)
+
+    def wait(self, timeout_s: float | None = None) -> dict[int, int]:
+        """Return descriptor -> events, empty after `timeout_s`."""
+        return dict(self._poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000))

@@ -1,0 +1,254 @@
+"""ConfigureSandbox: makes a booted guest into one pod's guest. Called once; a guest that failed half-way is destroyed.
+
+The network, UTS and IPC namespaces of the guest's root are the pod's: whatever is set here is what containers see.
+"""
+
+from __future__ import annotations
+
+import _socket
+import contextlib
+import os
+import threading
+import time
+
+from vmrt.agent import agent_pb2 as pb
+from vmrt.agent import console, disks, kernel, layout, rtnetlink, status
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vmrt.agent.process import Child, Reaper
+
+# linux/random.h
+_RNDADDENTROPY = 0x40085203
+_RNDRESEEDCRNG = 0x5207
+_SYSCTL_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:@")
+
+
+def sysctl_path(name: str) -> str:
+    """Return the file of a sysctl below /proc/sys, with sysctl(8)'s rule for names.
+
+    When the first separator is a slash, dots are part of names ("net/ipv4/conf/eth0.1/forwarding"); else they are
+    separators and slashes stand for dots. Raises `AgentError` (INVALID_ARGUMENT) for anything that is no such name.
+    """
+    first = next((c for c in name if c in "./"), "")
+    path = name if first == "/" else name.translate(str.maketrans("./", "/."))
+    parts = path.split("/")
+    if not set(name) <= _SYSCTL_CHARACTERS or any(part in ("", ".", "..") for part in parts) or len(parts) < 2:
+        raise status.AgentError(status.INVALID_ARGUMENT, f"sysctl {name[:100]!r}: not a sysctl's name")
+    return "/proc/sys/" + path
+
+
+class Sandbox:
+    """The pod this guest serves."""
+
+    def __init__(self, reaper: Reaper) -> None:
+        self._reaper = reaper
+        self._lock = threading.Lock()
+        self._asked_for = ""
+        self._pid_namespace: Child | None = None
+        self.configured = False
+        self.shared = False
+
+    def require(self) -> None:
+        """Raise `AgentError` (FAILED_PRECONDITION) unless the sandbox is configured."""
+        if not self.configured:
+            raise status.AgentError(status.FAILED_PRECONDITION, "ConfigureSandbox has not been called in this VM")
+
+    def configure(self, request: pb.ConfigureSandboxRequest, deadline: float) -> None:
+        """Do all that the request asks. Raises `AgentError`, each naming its phase."""
+        with self._lock:
+            if self._asked_for:
+                outcome = "is configured" if self.configured else "failed to become configured"
+                raise status.AgentError(
+                    status.FAILED_PRECONDITION, f"this VM {outcome} as sandbox {self._asked_for}; it takes one"
+                )
+            self._asked_for = request.sandbox_id or "(unnamed)"
+        with _phase("clock"):
+            if request.realtime_ns:
+                time.clock_settime_ns(time.CLOCK_REALTIME, request.realtime_ns)
+        with _phase("entropy"):
+            if request.entropy:
+                _credit_entropy(request.entropy)
+        with _phase("files"):
+            self._write_files(request)
+        if request.scratch_serial:
+            disks.mount_scratch(request.scratch_serial, deadline)
+        with _phase("mount the virtiofs share"):
+            if request.share:
+                _mkdir(layout.SHARE)
+                kernel.mount("share", layout.SHARE, "virtiofs")
+                kernel.mount("", layout.SHARE, "", kernel.MS_SHARED)
+                self.shared = True
+        with _phase("network"):
+            _configure_network(request)
+        for name, value in sorted(request.sysctls.items()):
+            path = sysctl_path(name)
+            with _phase(f"sysctl {name}={value}"):
+                _write(path, value.encode(), create=False)
+        if request.shared_pid_namespace:
+            with _phase("shared PID namespace"):
+                self._pid_namespace = _hold_pid_namespace(self._reaper)
+        self.configured = True
+        console.log(f"sandbox {self._asked_for} configured")
+
+    def _write_files(self, request: pb.ConfigureSandboxRequest) -> None:
+        _mkdir(layout.SANDBOX)
+        hostname = request.hostname or "localhost"
+        _socket.sethostname(hostname)
+        for name, content in (
+            ("hostname", hostname.encode() + b"\n"),
+            ("hosts", request.hosts),
+            ("resolv.conf", request.resolv_conf),
+        ):
+            _write(f"{layout.SANDBOX}/{name}", content)
+        if request.machine_id:
+            _write(f"{layout.SANDBOX}/machine-id", request.machine_id.encode() + b"\n")
+            with contextlib.suppress(OSError):  # the root image need not have the file
+                kernel.mount(f"{layout.SANDBOX}/machine-id", "/etc/machine-id", "", kernel.MS_BIND)
+        shm = f"{layout.SANDBOX}/shm"
+        _mkdir(shm)
+        size = f",size={request.shm_bytes}" if request.shm_bytes else ""
+        kernel.mount("shm", shm, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, f"mode=1777{size}")
+
+
+@contextlib.contextmanager
+def _phase(name: str) -> Iterator[None]:
+    """Turn an `OSError` or `ValueError` of the block into an `AgentError` that names the phase."""
+    try:
+        yield
+    except OSError as e:
+        raise status.from_os_error(e, f"configure sandbox: {name}") from e
+    except ValueError as e:
+        raise status.AgentError(status.INVALID_ARGUMENT, f"configure sandbox: {name}: {e}") from e
+
+
+def _mkdir(path: str) -> None:
+    os.makedirs(path, exist_ok=True)  # noqa: PTH103
+
+
+def _write(path: str, content: bytes, *, create: bool = True) -> None:
+    flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if create else 0)
+    try:
+        fd = os.open(path, flags, 0o644)
+        try:
+            os.write(fd, content)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        e.filename = path
+        raise
+
+
+def _credit_entropy(seed: bytes) -> None:
+    import fcntl
+    import struct
+
+    # struct rand_pool_info: bits credited, octets, the octets (random(4)).
+    pool = struct.pack("=ii", len(seed) * 8, len(seed)) + seed
+    fd = os.open("/dev/urandom", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _RNDADDENTROPY, bytearray(pool))
+        fcntl.ioctl(fd, _RNDRESEEDCRNG)
+    finally:
+        os.close(fd)
+
+
+def _configure_network(request: pb.ConfigureSandboxRequest) -> None:
+    netlink = rtnetlink.Netlink()
+    try:
+        netlink.ask(rtnetlink.link(1, up=True), "lo up")
+        indexes = {"lo": 1}
+        for interface in request.interfaces:
+            indexes[interface.name] = _configure_interface(netlink, interface)
+        for position in rtnetlink.message_order([route.gateway for route in request.routes]):
+            route = request.routes[position]
+            index = _index_of(indexes, route.interface, f"route {route.destination}")
+            message = rtnetlink.route(index, route.destination, route.gateway, route.source, route.scope, route.metric)
+            netlink.ask(message, f"route {route.destination} via {route.gateway or 'link'}")
+        for entry in request.neighbours:
+            index = _index_of(indexes, entry.interface, f"neighbour {entry.address}")
+            netlink.ask(rtnetlink.neighbour(index, entry.address, entry.mac), f"neighbour {entry.address}")
+    finally:
+        netlink.close()
+
+
+def _index_of(indexes: dict[str, int], name: str, what: str) -> int:
+    if name not in indexes:
+        raise ValueError(f"{what} names interface {name!r}, which the request does not configure")
+    return indexes[name]
+
+
+def _configure_interface(netlink: rtnetlink.Netlink, interface: pb.Interface) -> int:
+    if not interface.name or len(interface.name.encode()) > 15 or "/" in interface.name:
+        raise ValueError(f"{interface.name!r} is no interface name")
+    found = rtnetlink.links()
+    device = found.get(interface.device_mac.lower())
+    if device is None:
+        raise ValueError(f"the VM has no NIC with MAC address {interface.device_mac}; it has {sorted(found)}")
+    name, index = device
+    mac = interface.mac if interface.mac.lower() != interface.device_mac.lower() else ""
+    change = rtnetlink.link(
+        index, up=False, mac=mac, mtu=interface.mtu, name=interface.name if name != interface.name else ""
+    )
+    netlink.ask(change, f"{interface.name}: MAC address, MTU, name")
+    # Before it comes up: the kernel would else probe its link-local address and ask for routers.
+    for knob in ("accept_dad", "accept_ra", "router_solicitations"):
+        with contextlib.suppress(OSError):  # a kernel without IPv6
+            _write(f"/proc/sys/net/ipv6/conf/{interface.name}/{knob}", b"0", create=False)
+    netlink.ask(rtnetlink.link(index, up=True), f"{interface.name} up")
+    for cidr in interface.addresses:
+        netlink.ask(rtnetlink.address(index, cidr), f"{interface.name}: address {cidr}")
+    return index
+
+
+def _hold_pid_namespace(reaper: Reaper) -> Child:
+    """Make the PID namespace that the pod's containers share, its PID 1, and the bind mount that names it.
+
+    unshare(CLONE_NEWPID) changes where the calling thread's children go, so a thread of its own calls it and forks
+    once. The fork is PID 1 there: with SIGCHLD ignored the kernel reaps orphans itself (sigaction(2)), so it sleeps.
+    """
+    import signal  # noqa: F401 - for the fork, see there
+
+    outcome: list[Child | BaseException] = []
+
+    def fork() -> int:
+        pid = os.fork()
+        if pid == 0:
+            _sleep_as_init()
+        return pid
+
+    def hold() -> None:
+        try:
+            kernel.unshare(kernel.CLONE_NEWPID)
+            outcome.append(reaper.register(fork))
+        except BaseException as e:
+            outcome.append(e)
+
+    thread = threading.Thread(target=hold, name="pidns")
+    thread.start()
+    thread.join()
+    child = outcome[0]
+    if isinstance(child, BaseException):
+        raise child
+    _write(layout.POD_PID_NAMESPACE, b"")
+    kernel.mount(f"/proc/{child.pid}/ns/pid", layout.POD_PID_NAMESPACE, "", kernel.MS_BIND)
+    return child
+
+
+def _sleep_as_init() -> None:
+    """Be the shared namespace's PID 1; runs in the forked child, where no other thread of the agent exists."""
+    import signal  # imported before the fork: no import lock can be held by a thread that is gone
+
+    try:
+        for number in (signal.SIGINT, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        kernel.set_process_name("pause")
+        os.setsid()
+        os.closerange(0, 65536)
+        while True:
+            signal.pause()
+    finally:
+        os._exit(1)
