@@ -249,20 +249,17 @@ step_vsock() {
     ok "vsock ($VHOST_DEVICE_VSOCK)"
 }
 
-# The builder keeps its own account of its inputs and says so when there is nothing to do.
+# The builder keeps its own account of its inputs, and its `current` link names the version made of them.
 step_guest() {
-    local before after
-    before=$(stat -c %Y "$GUEST"/* 2>/dev/null || true)
-    if [ -z "$before" ]; then
+    local build=("$VENV/bin/python" -m vmrt.guest_image build --output "$GUEST")
+    if [ ! -e "$GUEST/current" ]; then
         need_root "building the guest image"
         say "guest image: building $GUEST"
         # The builder asks apt for kernel and Python packages; a fresh container has no package lists.
         apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || update_package_lists
     fi
-    work "building the guest image" "run $VENV/bin/python -m vmrt.guest_image build --output $GUEST" \
-        "$VENV/bin/python" -m vmrt.guest_image build --output "$GUEST"
-    after=$(stat -c %Y "$GUEST"/*)
-    ok "guest image ($GUEST$([ "$before" = "$after" ] || echo ', new'))"
+    work "building the guest image" "to see it alone, run ${build[*]}" "${build[@]}"
+    ok "guest image ($GUEST, version $(readlink "$GUEST/current"))"
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
