@@ -47,8 +47,17 @@ async def serve(config: Config) -> None:
         stack.callback(store.close)
         instance = instance_tag(config.root)
 
+        verified: set[str] = set()
+
         def guest(handler: str) -> GuestImage:
-            return guest_image.load(config.handler_guest_dir(handler))
+            # Read for every boot, so that a new image needs no restart; hashed (0.1 s) once per version.
+            directory = config.handler_guest_dir(handler)
+            image = guest_image.load(directory, verify=False)
+            if image.version not in verified:
+                guest_image.load(directory)
+                stack.enter_context(guest_image.hold(image))
+                verified.add(image.version)
+            return image
 
         hypervisor = LibvirtHypervisor(config.hypervisor, config.root, instance)
         network = NetBridge(config.network, config.root, instance)

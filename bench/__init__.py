@@ -1,0 +1,1 @@
+"""Benchmarks: vmrt beside what it is measured against, in one run."""

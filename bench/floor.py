@@ -1,0 +1,111 @@
+"""The floor: the same kernel, root image and agent started by bare QEMU, without libvirt, CNI or CRI.
+
+The machine has the devices that a pod's has and no others; the clock runs from the start of the processes to the
+agent's ready notice. What vmrt adds to this is vmrt's own cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmrt.agent.layout import READY_PORT
+from vmrt.model import GuestImage
+
+_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bare:
+    """A started bare VM."""
+
+    boot_s: float
+    qemu_pid: int
+    helper_pid: int
+
+
+def _devices(guest: GuestImage, directory: Path) -> list[str]:
+    devices: list[dict[str, object]] = [
+        {"driver": "virtio-blk-pci", "drive": "root", "serial": "vmrt-root", "addr": "0x2"},
+        {"driver": "virtio-scsi-pci", "id": "scsi", "addr": "0x3"},
+        {"driver": "virtio-rng-pci", "rng": "rng", "addr": "0x4"},
+        {"driver": "virtio-net-pci", "netdev": "net", "romfile": "", "addr": "0x5"},
+        {"driver": "vhost-user-vsock-pci", "chardev": "vsock", "addr": "0x6"},
+    ]
+    arguments = [
+        "-object", "memory-backend-memfd,id=mem,size=512M,share=on",
+        "-object", "rng-builtin,id=rng",
+        "-drive", f"id=root,if=none,format=raw,readonly=on,file={guest.rootfs}",
+        "-netdev", "hubport,id=net,hubid=0",
+        "-chardev", f"socket,id=vsock,path={directory}/vhost",
+        "-chardev", f"file,id=console,path={directory}/console",
+        "-serial", "chardev:console",
+    ]  # fmt: skip
+    for device in devices:
+        arguments += ["-device", json.dumps({"bus": "pcie.0", **device})]
+    return arguments
+
+
+@contextlib.contextmanager
+def bare_vm(guest: GuestImage, directory: Path, vhost_device_vsock: Path, *, kvm: bool) -> Iterator[Bare]:
+    """Boot a bare VM in `directory` and yield it when its agent is ready; kill it at the end.
+
+    Raises `RuntimeError` with the console's end when it does not come up within a minute.
+    """
+    directory.mkdir(parents=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(directory / f"vsock_{READY_PORT}"))
+    listener.listen(1)
+    listener.settimeout(_TIMEOUT_S)
+    began = time.monotonic()
+    helper = subprocess.Popen(
+        [vhost_device_vsock, "--guest-cid=3", f"--socket={directory}/vhost", f"--uds-path={directory}/vsock"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not (directory / "vhost").exists():
+        time.sleep(0.001)
+    initramfs = ["-initrd", str(guest.initramfs)] if guest.initramfs else []
+    qemu = subprocess.Popen(
+        [
+            "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+            "-machine", f"q35,accel={'kvm' if kvm else 'tcg'},memory-backend=mem,vmport=off,hpet=off",
+            "-cpu", "host" if kvm else "max,la57=off", "-smp", "1", "-m", "512M",
+            "-bios", "/usr/share/qemu/qboot.rom", "-kernel", str(guest.kernel), *initramfs,
+            "-append", f"{guest.cmdline} console=ttyS0 panic=-1", *_devices(guest, directory),
+        ],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError as e:
+            console = directory / "console"
+            end = console.read_text(errors="replace")[-2000:] if console.exists() else ""
+            raise RuntimeError(f"the bare VM did not come up; its console ends:\n{end}") from e
+        boot_s = time.monotonic() - began
+        connection.close()
+        yield Bare(boot_s, qemu.pid, helper.pid)
+    finally:
+        for process in (qemu, helper):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        if qemu.stderr is not None:
+            qemu.stderr.close()
+        listener.close()
+
+
+def pss_bytes(pid: int) -> int:
+    """Return a process's proportional set size (kernel Documentation/filesystems/proc.rst, smaps_rollup)."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return 0
