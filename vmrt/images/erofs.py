@@ -424,7 +424,7 @@ def _dirents(directory: Directory) -> Iterator[bytes]:
         entries = bytearray()
         for name in names:
             nid, mode = resolve(name)
-            entries += _DIRENT.pack(nid, offset, _FILE_TYPES[mode & S_IFMT], 0)
+            entries += _DIRENT.pack(nid, offset, _FILE_TYPES[S_IFMT(mode)], 0)
             offset += len(name)
         block = bytes(entries) + b"".join(names)
         last = index == len(directory.blocks) - 1

@@ -61,7 +61,7 @@ async def fetch(session: Session, directory: Path, sink: LayerSink, report: Prog
             config_task = group.create_task(session.config(chosen_digest))
             layers_task = group.create_task(_layers(session, chosen_digest, chosen, directory, sink, report, name))
     except BaseExceptionGroup as errors:
-        raise first(errors) from errors
+        raise first(errors) from None
     return verify(config_task.result(), chosen.config.digest, layers_task.result(), name), digest(top)
 
 
