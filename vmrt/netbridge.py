@@ -17,6 +17,7 @@ import contextlib
 import functools
 import ipaddress
 import logging
+import os
 import re
 import time
 import weakref
@@ -24,9 +25,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vmrt import cni, netns
+from vmrt import cni, netns, spawn
 from vmrt.config import NetworkConfig
-from vmrt.errors import DeadlineError, NetworkError, VmrtError
+from vmrt.errors import DeadlineError, NetworkError, ProcessError, VmrtError
 from vmrt.fallback_network import BUILT_IN, FallbackNetwork
 from vmrt.model import GuestInterface, GuestNeighbour, GuestRoute, PodNetwork, SandboxSpec
 
@@ -178,19 +179,10 @@ class NetBridge:
 
     async def _delete(self, attachment: cni.Attachment) -> None:
         path = Path(attachment.netns)
-        restore = _restorable(attachment)
-
-        def prepare() -> bool:
-            if restore and not netns.exists(path):
-                netns.remove(path)
-                netns.create(path)
-            if restore:
-                netns.stand_in(path, attachment.ifname, restore)
-            return netns.exists(path)
-
         for attempt, pause_s in enumerate(DELETE_PAUSES_S, start=1):
             await asyncio.sleep(pause_s)
-            held = await netns.in_thread(prepare)
+            await self._restore_addresses(attachment)
+            held = await netns.in_thread(netns.exists, path)
             try:
                 await cni.delete(
                     attachment if held else replace(attachment, netns=""), timeout_s=self._config.cni_timeout_s
@@ -200,6 +192,32 @@ class NetBridge:
                 if attempt == len(DELETE_PAUSES_S) or isinstance(e.__cause__, DeadlineError):
                     raise
                 log.info("sandbox %s: trying again: %s", attachment.container_id, e)
+
+    async def _restore_addresses(self, attachment: cni.Attachment) -> None:
+        """See that the bridge and ptp plugins (1.1.1 and later) find their masquerading rules.
+
+        They remove the rules of the addresses that they find on the interface: where it is gone, with the whole
+        netns or by an earlier attempt, DEL succeeds and leaks them. Where it is there and the rules are gone (after a
+        reboot), DEL fails for ever. So the addresses are put back that still have rules.
+        """
+        path, addresses = Path(attachment.netns), masqueraded(attachment)
+        if not addresses or await netns.in_thread(netns.has_addresses, path, attachment.ifname, addresses):
+            return
+        wanted = []
+        for version, tool in ((4, "iptables-save"), (6, "ip6tables-save")):
+            entries = [line for line in (await _nat_rules(tool)).splitlines() if line.startswith(b"-A POSTROUTING")]
+            if any(attachment.container_id.encode() in line for line in entries):
+                wanted += [cidr for cidr in addresses if ipaddress.ip_interface(cidr).version == version]
+
+        def restore() -> None:
+            if not netns.exists(path):
+                netns.remove(path)
+                netns.create(path)
+            netns.stand_in(path, attachment.ifname, tuple(wanted))
+
+        if wanted:
+            log.info("sandbox %s: putting back %s for DEL", attachment.container_id, ", ".join(wanted))
+            await netns.in_thread(restore)
 
     async def check(self, sandbox_id: str) -> None:
         """Run CNI CHECK; raise `NetworkError` when a plugin finds the pod's network not as ADD left it."""
@@ -351,8 +369,18 @@ def guest_routes(routes: Sequence[netns.KernelRoute]) -> tuple[GuestRoute, ...]:
     return (*extra.values(), *plain)
 
 
-def _restorable(attachment: cni.Attachment) -> tuple[str, ...]:
-    """Return the addresses that DEL has to find on the interface: those of a chain that masquerades."""
+def masqueraded(attachment: cni.Attachment) -> tuple[str, ...]:
+    """Return the addresses (CIDR) for which a chain has made masquerading rules."""
     if attachment.result is None or not any(plugin.get("ipMasq") is True for plugin in attachment.conflist.plugins):
         return ()
     return cni.parse_result(attachment.result, attachment.ifname).addresses
+
+
+async def _nat_rules(tool: str) -> bytes:
+    """Return what iptables-save or its sibling prints; nothing where there is no such tool or table."""
+    try:
+        env = {**os.environ, "PATH": cni.search_path(os.environ)}
+        return (await spawn.run([tool, "-t", "nat"], env=env, timeout_s=10.0)).stdout
+    except (ProcessError, DeadlineError) as e:
+        log.debug("%s", e)
+        return b""

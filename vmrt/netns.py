@@ -241,13 +241,6 @@ def delete_link(name: str, kind: str = "tun") -> None:
             ipr.link("del", index=index)
 
 
-def has_ports(bridge: str) -> bool:
-    """Say whether links are enslaved to a bridge of this namespace."""
-    with _translated("link", bridge), IPRoute() as ipr:
-        index = _find(ipr, bridge)
-        return index is not None and any(link.get_attr("IFLA_MASTER") == index for link in ipr.get_links())
-
-
 def used_networks(except_link: str) -> tuple[str, ...]:
     """Return the destinations of this namespace's routes, but defaults and those over `except_link`."""
     with _translated("routes", "host"), IPRoute() as ipr:
@@ -333,12 +326,26 @@ def kernel_route(message: Any, index: int) -> KernelRoute | None:
     )
 
 
-def stand_in(netns: Path, ifname: str, addresses: tuple[str, ...]) -> None:
-    """See that the interface is there with its addresses, making a dummy of what is missing, for DEL to find.
+def has_addresses(netns: Path, ifname: str, addresses: tuple[str, ...]) -> bool:
+    """Say whether the namespace and the interface in it are there, with these addresses."""
+    if not exists(netns):
+        return False
 
-    The bridge and ptp plugins (1.1.1 and later) know which masquerading chain to remove only by the addresses that
-    they find on the interface: without it DEL succeeds and leaks the chain.
-    """
+    def work() -> bool:
+        with IPRoute() as ipr:
+            index = _find(ipr, ifname)
+            return index is not None and {cidr.partition("/")[0] for cidr in addresses} <= _addresses(ipr, index)
+
+    with _translated("netns read", f"{ifname} in {netns}"):
+        return inside(netns, work)
+
+
+def _addresses(ipr: Any, index: int | None) -> set[str]:
+    return {entry.get_attr("IFA_LOCAL") or entry.get_attr("IFA_ADDRESS") for entry in ipr.get_addr(index=index)}
+
+
+def stand_in(netns: Path, ifname: str, addresses: tuple[str, ...]) -> None:
+    """Put addresses (CIDR) back on an interface, making a dummy of one that is gone, for DEL to find."""
 
     def work() -> None:
         with IPRoute() as ipr:
@@ -347,7 +354,7 @@ def stand_in(netns: Path, ifname: str, addresses: tuple[str, ...]) -> None:
                 # A bridge, because the kernels of pods' hosts have it where they lack the dummy driver.
                 ipr.link("add", ifname=ifname, kind="bridge")
                 index = _find(ipr, ifname)
-            have = {entry.get_attr("IFA_LOCAL") or entry.get_attr("IFA_ADDRESS") for entry in ipr.get_addr(index=index)}
+            have = _addresses(ipr, index)
             for cidr in addresses:
                 address, _, prefix = cidr.partition("/")
                 if address not in have:
