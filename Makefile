@@ -52,6 +52,7 @@ format: ## let ruff rewrite what it can
 	$(PYTHON) -m ruff format $(CHECKED)
 
 clean: ## remove what set-up and tests made in this checkout (not Debian packages, not pods)
+	-rm -rf "$$(readlink -f .cache/guest)"
 	rm -rf .venv .cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -rf vmrt/proto vmrt/agent/agent_pb2.py vmrt/agent/agent_pb2.pyi
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -251,15 +251,22 @@ step_vsock() {
 
 # The builder keeps its own account of its inputs, and its `current` link names the version made of them.
 step_guest() {
-    local build=("$VENV/bin/python" -m vmrt.guest_image build --output "$GUEST")
+    local outside build=("$VENV/bin/python" -m vmrt.guest_image build --output "$GUEST")
     if [ ! -e "$GUEST/current" ]; then
         need_root "building the guest image"
+        # QEMU runs as a user that may not pass through /root or a closed home: there the image lies outside.
+        if ! runuser -u "$QEMU_USER" -- test -r "$PWD/Makefile" && [ ! -L "$GUEST" ]; then
+            outside=/var/cache/vmrt/checkout-$(sha256sum <<<"$PWD" | cut -c1-12)
+            rm -rf "$GUEST"
+            mkdir -p "$outside"
+            ln -sT "$outside" "$GUEST"
+        fi
         say "guest image: building $GUEST"
         # The builder asks apt for kernel and Python packages; a fresh container has no package lists.
         apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || update_package_lists
     fi
     work "building the guest image" "to see it alone, run ${build[*]}" "${build[@]}"
-    ok "guest image ($GUEST, version $(readlink "$GUEST/current"))"
+    ok "guest image ($(readlink -f "$GUEST"), version $(readlink "$GUEST/current"))"
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
