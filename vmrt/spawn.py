@@ -200,10 +200,12 @@ def detached(
     log_fd: int | None = None,
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
+    owner: tuple[int, int] | None = None,
 ) -> ProcessId:
     """Start a helper that outlives this process: its own session, no inherited stdio; return its identity.
 
-    stdout and stderr go to `log_fd`, else to /dev/null. Raises `ProcessError` when it cannot be started.
+    stdout and stderr go to `log_fd`, else to /dev/null. `owner` (uid, gid) runs it as that user, without supplementary
+    groups. Raises `ProcessError` when it cannot be started.
     """
     args = tuple(str(arg) for arg in argv)
     log.debug("detach: %s", pasteable(args))
@@ -217,6 +219,9 @@ def detached(
             env=None if env is None else dict(env),
             pass_fds=tuple(pass_fds),
             start_new_session=True,
+            user=owner[0] if owner else None,
+            group=owner[1] if owner else None,
+            extra_groups=() if owner else None,
         )
     except OSError as e:
         raise ProcessError(f"cannot start {args[0]}: {e.strerror or e}", argv=args) from e

@@ -1,0 +1,483 @@
+"""The hypervisor driver: VMs as transient libvirt domains (vmrt.pods.drivers.Hypervisor).
+
+Rules of the house: what is about to be made is on disk (`vm.json`) or follows from the VM's id before it is made; one
+teardown, which copes with any half-made VM, is the undo of everything; QEMU is killed by us before libvirt is told,
+since libvirt's own way waits more than a second for a guest under emulation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import grp
+import logging
+import os
+import pwd
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from vmrt import spawn
+from vmrt.agent.layout import PROTOCOL_VERSION
+from vmrt.config import HypervisorConfig
+from vmrt.errors import AlreadyExistsError, ConfigError, VmError, VmGoneError, VmrtError
+from vmrt.hypervisor import domain, emulator, oom, vhost_vsock, virtiofsd
+from vmrt.hypervisor.accel import KvmProbe, Verdict
+from vmrt.hypervisor.access import require_readable
+from vmrt.hypervisor.console import Console, ConsoleRing
+from vmrt.hypervisor.libvirt_host import LibvirtHost, StopCause
+from vmrt.hypervisor.record import Helper, VmPaths, VmRecord, paths_of, read, write
+from vmrt.hypervisor.vm import ProcessWatch, Vm, VmState, wait_gone
+from vmrt.hypervisor.vsock import KERNEL_DEVICE, Connection, HybridVsock, KernelVsock, KernelVsockListener, Vsock
+from vmrt.model import Disk, VmEvent, VmEventKind, VmSpec
+from vmrt.spawn import ProcessId
+
+log = logging.getLogger(__name__)
+
+_KILL_TIMEOUT_S = 10.0
+_CONSOLE_DRAIN_S = 1.0
+_CONSOLE_IN_ERRORS_BYTES = 4096
+_NO_KVM = "no usable KVM (%s): VMs run under software emulation (TCG), many times slower; `vmrt doctor` tells more"
+
+
+class LibvirtHypervisor:
+    """Runs VMs through libvirt. `instance` tells this daemon's domains from those of others on one libvirtd."""
+
+    def __init__(
+        self, config: HypervisorConfig, root: Path, instance: str, *, probe_kernel: Path | None = None
+    ) -> None:
+        self._config = config
+        self._instance = instance
+        self._probe_kernel = probe_kernel
+        self._vms_directory = root / "vms"
+        self._root = root
+        self._host = LibvirtHost(config.uri, root, user=config.qemu_user, group=config.qemu_group)
+        self._owner = (-1, -1)
+        self._groups: frozenset[int] = frozenset()
+        self._accelerator = "tcg"
+        self._emulator = config.qemu_binary
+        self._probe = KvmProbe(config.qemu_binary, config.qemu_user, config.qemu_group, root / "kvm.json")
+        self._listener: KernelVsockListener | None = None
+        self._vms: dict[str, Vm] = {}
+        self._events: asyncio.Queue[VmEvent] = asyncio.Queue()
+        self._teardowns: set[asyncio.Task[None]] = set()
+
+    # --- the connection ---------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect, learn the accelerator and vsock transport, adopt the VMs that run under our root."""
+        self._owner, self._groups = _identity_of(self._config.qemu_user, self._config.qemu_group)
+        _make_directory(self._root, 0o711)
+        _make_directory(self._vms_directory, 0o711)
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(self.close)
+            await self._choose_accelerator()
+            if self._config.vsock == "kernel" or (self._config.vsock == "auto" and os.access(KERNEL_DEVICE, os.W_OK)):
+                self._listener = KernelVsockListener()
+                self._listener.open()
+            self._emulator = emulator.for_libvirt(
+                self._config.qemu_binary, self._root / "libvirt", self._owner[0], self._groups
+            )
+            await self._host.open(self._on_stopped, self._emulator)
+            await self._adopt()
+            undo.pop_all()
+
+    async def close(self) -> None:
+        """Disconnect. Running VMs go on."""
+        if self._teardowns:
+            await asyncio.wait(self._teardowns)
+        for vm in self._vms.values():
+            vm.unwatch()
+            await vm.vsock.close()
+            await vm.console.close()
+        self._vms.clear()
+        if self._listener is not None:
+            await self._listener.close()
+            self._listener = None
+        await self._host.close()
+
+    @property
+    def accelerator(self) -> str:
+        """Return "kvm" or "tcg"."""
+        return self._accelerator
+
+    async def _choose_accelerator(self) -> None:
+        if self._config.accelerator == "tcg":
+            self._accelerator = "tcg"
+            return
+        verdict = await self._probe.firmware()
+        if verdict.usable and self._probe_kernel is not None:
+            verdict = await self._probe.kernel(self._probe_kernel)
+        self._accelerator = "kvm"
+        self._heed(verdict)
+
+    def _heed(self, verdict: Verdict) -> None:
+        """Fall back to emulation, with a warning, where KVM turned out not to work."""
+        if verdict.usable:
+            return
+        if self._config.accelerator == "kvm":
+            raise VmError(
+                f"KVM does not work: {verdict.reason}",
+                phase="kvm probe",
+                hint='set hypervisor.accelerator = "auto" to allow software emulation',
+            )
+        self._accelerator = "tcg"
+        log.warning(_NO_KVM, verdict.reason)
+
+    # --- boot and destroy -------------------------------------------------------------------------------------------
+
+    async def boot(self, spec: VmSpec) -> None:
+        """Start a VM and return when its agent has sent the ready notice."""
+        resource = f"vm {spec.vm_id}"
+        if spec.vm_id in self._vms:
+            raise AlreadyExistsError("a VM with this id exists", phase="boot", resource=resource)
+        paths = paths_of(self._vms_directory, spec.vm_id)
+        for path in (spec.guest.kernel, spec.guest.initramfs, spec.guest.rootfs):
+            if path is not None:
+                self._require_readable(path, resource)
+        for disk in spec.disks:
+            self._require_readable(disk.path, resource, readonly=disk.readonly)
+        vm = self._new_vm(VmRecord(spec.vm_id, "kernel" if self._listener else "vhost-user"), paths)
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(self._tear_down, vm)
+            self._vms[spec.vm_id] = vm
+            try:
+                async with asyncio.timeout(self._config.boot_timeout_s):
+                    await self._start(vm, spec)
+                    await self._wait_ready(vm)
+            except TimeoutError as e:
+                raise VmError(
+                    f"the guest's agent did not report within {self._config.boot_timeout_s:g} s",
+                    phase="boot",
+                    resource=resource,
+                    hint="hypervisor.boot_timeout_s bounds it",
+                    console=vm.console.tail(_CONSOLE_IN_ERRORS_BYTES),
+                ) from e
+            except VmError as e:
+                await vm.console.drain(_CONSOLE_DRAIN_S if vm.end is not None else 0)
+                raise VmError(
+                    e.message,
+                    phase="boot",
+                    resource=resource,
+                    hint=e.hint,
+                    console=vm.console.tail(_CONSOLE_IN_ERRORS_BYTES),
+                ) from e
+            vm.note(ready=True)
+            vm.move(VmState.RUNNING)
+            undo.pop_all()
+        if vm.end is not None:
+            # It ended between its notice and here: told like any other end.
+            vm.move(VmState.ENDED)
+            self._events.put_nowait(vm.end)
+
+    async def _start(self, vm: Vm, spec: VmSpec) -> None:
+        """Make the VM's directory, helpers and domain; the caller undoes."""
+        if self._accelerator == "kvm" and self._probe_kernel != spec.guest.kernel:
+            self._heed(await self._probe.kernel(spec.guest.kernel))
+            self._probe_kernel = spec.guest.kernel
+        self._prepare_files(vm, spec)
+        await vm.console.listen(self._owner)
+        await vm.vsock.listen()
+        share_socket = None
+        if spec.share_dir is not None:
+            binary = virtiofsd.find(self._config.virtiofsd)
+            process = await virtiofsd.start(binary, spec.share_dir, vm.paths.virtiofs, self._owner)
+            vm.note_helper(Helper.VIRTIOFSD, process)
+            share_socket = vm.paths.virtiofs
+        if vm.vsock.device.vhost_user_socket is not None:
+            process = vhost_vsock.start(self._config.vhost_device_vsock, vm.paths, self._owner)
+            vm.note_helper(Helper.VHOST_VSOCK, process)
+            await vhost_vsock.wait_listening(process, self._config.vhost_device_vsock, vm.paths)
+        wiring = domain.Wiring(
+            instance=self._instance,
+            accelerator=self._accelerator,
+            emulator=self._emulator,
+            console_socket=vm.paths.console_socket,
+            vsock=vm.vsock.device,
+            share_socket=share_socket,
+        )
+        live = await self._host.create(domain.domain_xml(spec, wiring), resource=f"vm {vm.vm_id}")
+        vm.disks = domain.units_of(spec)
+        self._take_qemu(vm)
+        vm.vsock.started(domain.cid_in(live))
+        self._watch_helpers(vm)
+
+    async def _wait_ready(self, vm: Vm) -> None:
+        """Wait for the notice or for the VM's end, whichever is first."""
+        ready = asyncio.create_task(vm.vsock.ready())
+        ended = asyncio.create_task(vm.ended.wait())
+        try:
+            await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
+            if not ready.done():
+                detail = vm.end.detail if vm.end is not None else "QEMU ended"
+                raise VmError(f"the VM ended before its agent reported: {detail}")
+            notice = ready.result()
+        finally:
+            for task in (ready, ended):
+                task.cancel()
+            await asyncio.gather(ready, ended, return_exceptions=True)
+        if notice.protocol != PROTOCOL_VERSION:
+            raise VmError(
+                f"the guest's agent speaks protocol {notice.protocol}, this daemon {PROTOCOL_VERSION}",
+                hint="build the guest image again: `vmrt guest build`",
+            )
+
+    async def destroy(self, vm_id: str) -> None:
+        """Kill a VM and remove all that belongs to it on the host; a VM that does not exist is no error."""
+        if (vm := self._vms.get(vm_id)) is not None:
+            await self._tear_down(vm)
+
+    async def _tear_down(self, vm: Vm) -> None:
+        """Undo everything, once, whatever has been made; callers that come later wait for the same end.
+
+        It goes on when a caller is cancelled: half an undo is worth nothing.
+        """
+        if vm.teardown is None:
+            vm.teardown = asyncio.create_task(self._remove(vm))
+            self._teardowns.add(vm.teardown)
+            vm.teardown.add_done_callback(self._teardowns.discard)
+        while not vm.teardown.done():
+            try:
+                await asyncio.shield(vm.teardown)
+            except asyncio.CancelledError:
+                await asyncio.wait([vm.teardown])
+                raise
+        vm.teardown.result()
+
+    async def _remove(self, vm: Vm) -> None:
+        was_running = vm.state is VmState.RUNNING
+        vm.move(VmState.DESTROYED)
+        if vm.set_end(VmEventKind.STOPPED, "destroyed") and was_running:
+            self._events.put_nowait(VmEvent(vm.vm_id, VmEventKind.STOPPED, "destroyed"))
+        vm.unwatch()
+        if vm.record.qemu is None:
+            self._take_qemu(vm)
+        vm.kill_processes()
+        if vm.record.qemu is not None and not await wait_gone(vm.record.qemu, _KILL_TIMEOUT_S):
+            log.error("vm %s: QEMU (pid %d) survives SIGKILL for %g s", vm.vm_id, vm.record.qemu.pid, _KILL_TIMEOUT_S)
+        try:
+            await self._host.destroy(vm.domain)
+        finally:
+            await vm.vsock.close()
+            await vm.console.close()
+            await asyncio.to_thread(shutil.rmtree, vm.paths.directory, ignore_errors=True)
+            if self._vms.get(vm.vm_id) is vm:
+                del self._vms[vm.vm_id]
+
+    # --- running VMs ------------------------------------------------------------------------------------------------
+
+    def list(self) -> Sequence[str]:
+        """Return the ids of the VMs that run under our root, adopted ones included. From memory."""
+        return [vm_id for vm_id, vm in self._vms.items() if vm.state is VmState.RUNNING]
+
+    async def dial(self, vm_id: str, port: int, *, timeout_s: float = 5.0) -> Connection:
+        """Open a vsock connection to a port in the guest."""
+        vm = self._running(vm_id, "dial")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await vm.vsock.dial(port)
+        except TimeoutError as e:
+            self._running(vm_id, "dial")
+            raise VmError(
+                f"vsock port {port} did not answer within {timeout_s:g} s", phase="dial", resource=f"vm {vm_id}"
+            ) from e
+        except VmError as e:
+            self._running(vm_id, "dial")
+            raise VmError(e.message, phase="dial", resource=f"vm {vm_id}") from e
+
+    async def attach_disk(self, vm_id: str, disk: Disk) -> None:
+        """Hot-plug a disk; one that is attached already (same serial) is no error."""
+        vm = self._running(vm_id, "attach disk")
+        self._require_readable(disk.path, f"vm {vm_id}", readonly=disk.readonly)
+        async with vm.disks_lock:
+            if disk.serial in vm.disks:
+                return
+            unit = domain.free_unit(vm.disks)
+            self._own_if_writable(disk)
+            try:
+                await self._host.attach(vm.domain, domain.disk_xml(disk, unit))
+            except VmrtError:
+                self._running(vm_id, "attach disk")
+                raise
+            except asyncio.CancelledError:
+                # The call itself went through (LibvirtHost.call): take the disk out again.
+                with contextlib.suppress(VmrtError):
+                    await self._host.detach(vm.domain, domain.disk_xml(disk, unit))
+                raise
+            vm.disks[disk.serial] = unit
+
+    async def detach_disk(self, vm_id: str, serial: str) -> None:
+        """Hot-unplug a disk; one that is not attached is no error."""
+        vm = self._running(vm_id, "detach disk")
+        async with vm.disks_lock:
+            unit = vm.disks.get(serial)
+            if unit is None:
+                return
+            try:
+                await self._host.detach(vm.domain, domain.disk_xml(Disk(serial, Path("/")), unit))
+                # libvirt itself waits some seconds for QEMU's word, then returns all the same.
+                still_there = serial in domain.disks_in(await self._host.live_xml(vm.domain))
+            except VmrtError:
+                self._running(vm_id, "detach disk")
+                raise
+            if still_there:
+                raise VmError(f"the guest did not let go of disk {serial}", phase="detach disk", resource=f"vm {vm_id}")
+            del vm.disks[serial]
+
+    async def events(self) -> AsyncIterator[VmEvent]:
+        """Yield the ends of VMs, each once, also of those that ended while nobody listened since `open`."""
+        while True:
+            yield await self._events.get()
+
+    def console_tail(self, vm_id: str, limit_bytes: int = 8192) -> str:
+        """Return the end of the console; also of a VM that has ended and is not destroyed yet."""
+        if (vm := self._vms.get(vm_id)) is None:
+            raise VmGoneError("the VM does not exist", phase="console", resource=f"vm {vm_id}")
+        return vm.console.tail(limit_bytes)
+
+    def processes(self, vm_id: str) -> Sequence[ProcessId]:
+        """Return QEMU and its helpers."""
+        record = self._running(vm_id, "processes").record
+        return [process for process in (record.qemu, *record.helpers.values()) if process is not None]
+
+    # --- ends -------------------------------------------------------------------------------------------------------
+
+    def _on_stopped(self, name: str, cause: StopCause) -> None:
+        """Hear of a domain's end from libvirt."""
+        for vm in self._vms.values():
+            if vm.domain == name:
+                self._on_end(vm, *self._verdict(vm, cause))
+
+    def _verdict(self, vm: Vm, cause: StopCause) -> tuple[VmEventKind, str]:
+        if cause is StopCause.SHUTDOWN:
+            return VmEventKind.STOPPED, "the guest shut down, rebooted or panicked"
+        if cause is StopCause.DESTROYED:
+            return VmEventKind.STOPPED, "destroyed from outside"
+        if vm.record.qemu is not None and oom.killed(vm.record.qemu):
+            return VmEventKind.OOM_KILLED, "the host killed QEMU for memory"
+        return VmEventKind.CRASHED, "QEMU was killed or failed"
+
+    def _on_end(self, vm: Vm, kind: VmEventKind, detail: str) -> None:
+        """Keep and tell a VM's end; its processes go at once, its console stays until destroy."""
+        if not vm.set_end(kind, detail):
+            return
+        vm.unwatch()
+        vm.kill_processes()
+        if vm.state is VmState.RUNNING:
+            vm.move(VmState.ENDED)
+            assert vm.end is not None
+            self._events.put_nowait(vm.end)
+
+    def _watch_helpers(self, vm: Vm) -> None:
+        """End the VM when a helper dies: without its vsock device or file share it is of no use."""
+        for helper, process in vm.record.helpers.items():
+            vm.watches.append(ProcessWatch(process, functools.partial(self._helper_ended, vm, helper, process)))
+
+    def _helper_ended(self, vm: Vm, helper: Helper, process: ProcessId) -> None:
+        kind = VmEventKind.OOM_KILLED if oom.killed(process) else VmEventKind.CRASHED
+        self._on_end(vm, kind, f"{helper.value} (pid {process.pid}) ended")
+
+    # --- adoption ---------------------------------------------------------------------------------------------------
+
+    async def _adopt(self) -> None:
+        """Take over running VMs; destroy and remove what is half-made, broken or without a domain."""
+        for name, identity in await self._host.ours(self._instance):
+            paths = paths_of(self._vms_directory, identity.vm_id)
+            record = read(paths)
+            vm = self._new_vm(record or VmRecord(identity.vm_id, "vhost-user"), paths)
+            vm.domain = name
+            self._vms[vm.vm_id] = vm
+            if not await self._take_over(vm):
+                await self._tear_down(vm)
+        for directory in sorted(self._vms_directory.iterdir()):
+            if directory.name not in self._vms:
+                log.warning("vm %s: no domain, removing what is left of it", directory.name)
+                paths = VmPaths(directory)
+                vm = self._new_vm(read(paths) or VmRecord(directory.name, "vhost-user"), paths)
+                await self._tear_down(vm)
+
+    async def _take_over(self, vm: Vm) -> bool:
+        """Make a found VM ours again; False when it must go."""
+        record = vm.record
+        if not record.ready:
+            log.warning("vm %s: its boot was interrupted, destroying it", vm.vm_id)
+            return False
+        lost = [helper.value for helper, process in record.helpers.items() if not spawn.alive(process)]
+        if lost or record.qemu is None or not spawn.alive(record.qemu):
+            log.warning("vm %s: %s gone, destroying it", vm.vm_id, " and ".join(lost) or "QEMU")
+            return False
+        if record.vsock == "kernel" and self._listener is None:
+            log.warning("vm %s: it uses the kernel's vsock, which is turned off now, destroying it", vm.vm_id)
+            return False
+        live = await self._host.live_xml(vm.domain)
+        vm.disks = domain.disks_in(live)
+        vm.vsock.started(domain.cid_in(live))
+        await vm.console.listen(self._owner)
+        vm.move(VmState.RUNNING)
+        self._watch_helpers(vm)
+        return True
+
+    # --- small things -----------------------------------------------------------------------------------------------
+
+    def _new_vm(self, record: VmRecord, paths: VmPaths) -> Vm:
+        ring = ConsoleRing(paths.directory / "console", self._config.console_limit_bytes)
+        ring.load()
+        vsock: Vsock
+        if record.vsock == "kernel" and self._listener is not None:
+            vsock = KernelVsock(self._listener)
+        else:
+            vsock = HybridVsock(paths.vsock, paths.ready, paths.vhost_vsock, self._owner)
+        name = domain.domain_name(self._instance, record.vm_id)
+        return Vm(record, paths, Console(paths.console_socket, ring), vsock, name)
+
+    def _prepare_files(self, vm: Vm, spec: VmSpec) -> None:
+        shutil.rmtree(vm.paths.directory, ignore_errors=True)
+        vm.paths.directory.mkdir(mode=0o711)
+        vm.paths.directory.chmod(0o711)
+        vm.paths.sockets.mkdir(mode=0o700)
+        os.chown(vm.paths.sockets, *self._owner)
+        write(vm.paths, vm.record)
+        for disk in spec.disks:
+            self._own_if_writable(disk)
+
+    def _require_readable(self, path: Path, resource: str, *, readonly: bool = True) -> None:
+        require_readable(path, self._owner[0], self._groups, resource=resource, readonly=readonly)
+
+    def _own_if_writable(self, disk: Disk) -> None:
+        if not disk.readonly:
+            os.chown(disk.path, *self._owner)
+
+    def _take_qemu(self, vm: Vm) -> None:
+        """Learn QEMU's identity from libvirt's pid file and record it."""
+        pid = self._host.pid(vm.domain)
+        process = None if pid is None else spawn.identify(pid)
+        if process is not None and vm.paths.directory.is_dir():
+            vm.note(qemu=process)
+
+    def _running(self, vm_id: str, phase: str) -> Vm:
+        vm = self._vms.get(vm_id)
+        if vm is None:
+            raise VmGoneError("the VM does not exist", phase=phase, resource=f"vm {vm_id}")
+        if vm.state is not VmState.RUNNING:
+            detail = vm.end.detail if vm.end is not None else vm.state.value
+            raise VmGoneError(f"the VM does not run: {detail}", phase=phase, resource=f"vm {vm_id}")
+        return vm
+
+
+def _identity_of(user: str, group: str) -> tuple[tuple[int, int], frozenset[int]]:
+    """Return ((uid, gid), all groups) of QEMU's user."""
+    try:
+        uid, gid = pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid
+    except KeyError as e:
+        raise ConfigError(
+            f"hypervisor.qemu_user or qemu_group: {e.args[0]}",
+            hint=f"`useradd --system --no-create-home --shell /usr/sbin/nologin {user}` makes them",
+        ) from e
+    return (uid, gid), frozenset((gid, *os.getgrouplist(user, gid)))
+
+
+def _make_directory(path: Path, mode: int) -> None:
+    """Make a directory that QEMU's user may pass through, but not list."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(path.stat().st_mode & 0o7777 | mode)

@@ -1,0 +1,264 @@
+"""The connection to libvirt: its blocking calls in a few threads, its events as asyncio callbacks, its errors as ours.
+
+With the embedded URI the QEMU driver runs inside this process, below `<root>/libvirt`, and reads `etc/qemu.conf` there,
+which we write. VMs are no children of libvirt: they go on when this process ends and are found again when it returns.
+
+libvirt's event loop is one per process, for ever: it is started with the first connection, in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vmrt.errors import VmError, VmGoneError
+from vmrt.hypervisor.domain import METADATA_URI, DomainIdentity, identity_in
+
+# Read once, when libvirt is loaded. All that it would log reaches us as exceptions and events; whoever hunts a bug in
+# libvirt itself sets this variable to a file of his own.
+os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", "4:file:/dev/null")
+
+import libvirt
+
+T = TypeVar("T")
+
+# One thread a boot or attach at work: libvirt serialises per domain and parallelises between them.
+_THREADS = 8
+_GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
+
+
+class StopCause(enum.Enum):
+    """Why a domain ended, as far as libvirt knows."""
+
+    SHUTDOWN = "shutdown"  # QEMU ended by itself: power-off, reset or panic in the guest
+    DESTROYED = "destroyed"  # somebody called destroy
+    FAILED = "failed"  # QEMU was killed or failed
+
+
+_CAUSES = {
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN: StopCause.SHUTDOWN,
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED: StopCause.DESTROYED,
+}
+
+OnStopped = Callable[[str, StopCause], None]
+"""Called in the event loop with (domain name, cause)."""
+
+_event_loop_lock = threading.Lock()
+_event_loop_started = False
+
+
+def qemu_conf(user: str, group: str) -> str:
+    """Return qemu.conf for the embedded driver (libvirt, src/qemu/qemu.conf.in describes the keys)."""
+    settings: dict[str, str | int | list[str]] = {
+        "user": user,
+        "group": group,
+        # QEMU is confined by its own unprivileged user, an empty capability set, no_new_privs and its seccomp filter.
+        # SELinux or AppArmor labels need a policy for <root>, which no distribution ships: docs/hypervisor.md.
+        "security_driver": "none",
+        # Layer images are shared by pods and stay root's: libvirt must not give them to QEMU's user.
+        "dynamic_ownership": 0,
+        "remember_owner": 0,
+        "seccomp_sandbox": 1,
+        "clear_emulator_capabilities": 1,
+        # virtlogd is a daemon; what QEMU itself says goes to a file, and the console never goes there.
+        "stdio_handler": "file",
+        "max_core": 0,
+        "dump_guest_core": 0,
+        # A private /dev per VM: QEMU sees null, urandom, ptmx, kvm and what its devices need.
+        "namespaces": ["mount"],
+        "set_process_name": 1,
+    }
+    return "".join(f"{key} = {_conf_value(value)}\n" for key, value in settings.items())
+
+
+def _conf_value(value: str | int | list[str]) -> str:
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str):
+        return f'"{value}"'
+    return f"[{', '.join(_conf_value(item) for item in value)}]"
+
+
+class LibvirtHost:
+    """One connection. All methods are called in the asyncio loop."""
+
+    def __init__(self, uri: str, root: Path, *, user: str, group: str) -> None:
+        self.embedded = not uri
+        self.uri = uri or f"qemu:///embed?root={root / 'libvirt'}"
+        self._directory = root / "libvirt"
+        self._user = user
+        self._group = group
+        self._threads: ThreadPoolExecutor | None = None
+        self._connection: Any = None
+        self._callback: int | None = None
+
+    async def open(self, on_stopped: OnStopped, emulator: Path) -> None:
+        """Connect, subscribe to the ends of domains, and let libvirt learn the emulator's capabilities.
+
+        The probe of a fresh root costs seconds: here, so that no pod pays for it.
+        """
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="libvirt")
+        loop = asyncio.get_running_loop()
+
+        def stopped(_connection: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
+            if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+                name = domain.name()
+                # The loop may have been closed between libvirt's thread and ours.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(on_stopped, name, _CAUSES.get(detail, StopCause.FAILED))
+
+        def connect() -> tuple[Any, int]:
+            if self.embedded:
+                self._prepare_directory()
+            _start_event_loop()
+            connection = libvirt.open(self.uri)
+            callback = connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, stopped, None)
+            connection.getDomainCapabilities(str(emulator), "x86_64", "q35", "qemu")
+            return connection, callback
+
+        self._connection, self._callback = await self.call(connect, phase="open", resource=self.uri)
+
+    async def close(self) -> None:
+        """Disconnect. VMs go on."""
+        connection, callback = self._connection, self._callback
+        self._connection = None
+        if connection is not None:
+
+            def disconnect() -> None:
+                with contextlib.suppress(libvirt.libvirtError):
+                    connection.domainEventDeregisterAny(callback)
+                connection.close()
+
+            await self.call(disconnect, phase="close")
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+            self._threads = None
+
+    async def call(self, function: Callable[[], T], *, phase: str, resource: str = "") -> T:
+        """Run a blocking call in a thread; libvirt's errors become `VmError`, a missing domain `VmGoneError`.
+
+        The call cannot be interrupted: a cancellation waits for it, so that what it made is known when undoing starts.
+        """
+        if self._threads is None:
+            raise VmError("the hypervisor is not open", phase=phase, resource=resource)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, function)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            if not future.cancelled():
+                future.exception()
+            raise
+        except libvirt.libvirtError as e:
+            code = e.get_error_code()
+            message = (e.get_error_message() or str(e)).strip()
+            kind = VmGoneError if code == libvirt.VIR_ERR_NO_DOMAIN else VmError
+            raise kind(message, phase=phase, resource=resource) from e
+        except OSError as e:
+            raise VmError(str(e), phase=phase, resource=resource) from e
+
+    async def create(self, xml: str, *, resource: str) -> str:
+        """Start a transient domain; return its live XML."""
+
+        def create() -> str:
+            return str(self._connection.createXML(xml, 0).XMLDesc(0))
+
+        return await self.call(create, phase="boot", resource=resource)
+
+    async def live_xml(self, name: str) -> str:
+        """Return a running domain's XML."""
+        return await self.call(
+            lambda: str(self._connection.lookupByName(name).XMLDesc(0)), phase="inspect", resource=name
+        )
+
+    async def attach(self, name: str, device_xml: str) -> None:
+        """Hot-plug a device."""
+
+        def attach() -> None:
+            self._connection.lookupByName(name).attachDeviceFlags(device_xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+        await self.call(attach, phase="attach disk", resource=name)
+
+    async def detach(self, name: str, device_xml: str) -> None:
+        """Ask for a hot-unplug; whether the guest let go shows in the live XML."""
+
+        def detach() -> None:
+            self._connection.lookupByName(name).detachDeviceFlags(device_xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+        await self.call(detach, phase="detach disk", resource=name)
+
+    async def destroy(self, name: str) -> None:
+        """End a domain and drop what libvirt keeps of it. Absent is fine."""
+
+        def destroy() -> None:
+            try:
+                self._connection.lookupByName(name).destroy()
+            except libvirt.libvirtError as e:
+                if e.get_error_code() not in _GONE:
+                    raise
+            with contextlib.suppress(OSError):
+                self._qemu_log(name).unlink()
+
+        await self.call(destroy, phase="destroy", resource=name)
+
+    async def ours(self, instance: str) -> list[tuple[str, DomainIdentity]]:
+        """Return (name, identity) of the active domains that carry our metadata and this instance."""
+
+        def ours() -> list[tuple[str, DomainIdentity]]:
+            found = []
+            for domain in self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                with contextlib.suppress(libvirt.libvirtError):
+                    metadata = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, METADATA_URI)
+                    identity = identity_in(metadata)
+                    if identity is not None and identity.instance == instance:
+                        found.append((domain.name(), identity))
+            return found
+
+        return await self.call(ours, phase="open", resource=self.uri)
+
+    def pid(self, name: str) -> int | None:
+        """Return QEMU's pid from libvirt's pid file."""
+        try:
+            return int((self._run_directory() / f"{name}.pid").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _run_directory(self) -> Path:
+        return self._directory / "run" / "qemu" if self.embedded else Path("/run/libvirt/qemu")
+
+    def _qemu_log(self, name: str) -> Path:
+        base = self._directory / "log" / "qemu" if self.embedded else Path("/var/log/libvirt/qemu")
+        return base / f"{name}.log"
+
+    def _prepare_directory(self) -> None:
+        """Write qemu.conf."""
+        etc = self._directory / "etc"
+        etc.mkdir(parents=True, exist_ok=True)
+        # QEMU's user has to reach its monitor's directory below.
+        self._directory.chmod(0o711)
+        (etc / "qemu.conf").write_text(qemu_conf(self._user, self._group))
+
+
+def _start_event_loop() -> None:
+    global _event_loop_started
+    with _event_loop_lock:
+        if _event_loop_started:
+            return
+        libvirt.registerErrorHandler(lambda _context, _error: None, None)
+        libvirt.virEventRegisterDefaultImpl()
+        threading.Thread(target=_run_events, name="libvirt-events", daemon=True).start()
+        _event_loop_started = True
+
+
+def _run_events() -> None:
+    while True:
+        libvirt.virEventRunDefaultImpl()

@@ -1,0 +1,146 @@
+"""One VM as the driver holds it in memory: its state, its end, its processes, its console and vsock."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import enum
+import os
+from collections.abc import Callable
+
+from vmrt import spawn
+from vmrt.errors import IllegalTransitionError
+from vmrt.hypervisor.console import Console
+from vmrt.hypervisor.record import Helper, VmPaths, VmRecord, write
+from vmrt.hypervisor.vsock import Vsock
+from vmrt.model import VmEvent, VmEventKind
+from vmrt.spawn import ProcessId
+
+
+class VmState(enum.Enum):
+    """A VM's life.
+
+    BOOTING -> RUNNING -> ENDED
+       |          |         |
+       +----------+---------+--> DESTROYED
+    """
+
+    BOOTING = "booting"
+    RUNNING = "running"
+    ENDED = "ended"
+    DESTROYED = "destroyed"
+
+
+_MOVES: dict[VmState, frozenset[VmState]] = {
+    VmState.BOOTING: frozenset((VmState.RUNNING, VmState.DESTROYED)),
+    VmState.RUNNING: frozenset((VmState.ENDED, VmState.DESTROYED)),
+    VmState.ENDED: frozenset((VmState.DESTROYED,)),
+    VmState.DESTROYED: frozenset(),
+}
+
+
+class Vm:
+    """One VM. `end` is set once, by whoever sees it first: libvirt, a helper's death, or our own destroy."""
+
+    def __init__(self, record: VmRecord, paths: VmPaths, console: Console, vsock: Vsock, domain: str) -> None:
+        self.record = record
+        self.paths = paths
+        self.console = console
+        self.vsock = vsock
+        self.domain = domain
+        self.state = VmState.BOOTING
+        self.end: VmEvent | None = None
+        self.ended = asyncio.Event()
+        self.disks: dict[str, int] = {}
+        self.disks_lock = asyncio.Lock()
+        self.teardown: asyncio.Task[None] | None = None
+        self.watches: list[ProcessWatch] = []
+
+    @property
+    def vm_id(self) -> str:
+        """The VM's id."""
+        return self.record.vm_id
+
+    def move(self, state: VmState) -> None:
+        """Change the state; `IllegalTransitionError` for a move the table does not have."""
+        if state not in _MOVES[self.state]:
+            raise IllegalTransitionError(
+                f"cannot go from {self.state.value} to {state.value}", resource=f"vm {self.vm_id}"
+            )
+        self.state = state
+
+    def set_end(self, kind: VmEventKind, detail: str) -> bool:
+        """Keep how the VM ended; False when that is known already."""
+        if self.end is not None:
+            return False
+        self.end = VmEvent(self.vm_id, kind, detail)
+        self.ended.set()
+        return True
+
+    def note(self, **changes: object) -> None:
+        """Change the record and write it."""
+        self.record = dataclasses.replace(self.record, **changes)  # type: ignore[arg-type]
+        write(self.paths, self.record)
+
+    def note_helper(self, helper: Helper, process: ProcessId) -> None:
+        """Record a helper."""
+        self.note(helpers={**self.record.helpers, helper: process})
+
+    def kill_processes(self) -> None:
+        """Kill QEMU and its helpers: exactly those that were recorded, whatever runs under their pids now."""
+        if self.record.qemu is not None:
+            spawn.terminate(self.record.qemu)
+        for process in self.record.helpers.values():
+            if spawn.alive(process):
+                # virtiofsd forks into its PID namespace; the group is its own, made by spawn.detached.
+                spawn.kill_group(process.pid)
+
+    def unwatch(self) -> None:
+        """Stop watching processes."""
+        for watch in self.watches:
+            watch.close()
+        self.watches.clear()
+
+
+class ProcessWatch:
+    """Tells when a process, child or not, has ended: pidfd_open(2), readable from then on."""
+
+    def __init__(self, process: ProcessId, on_gone: Callable[[], None]) -> None:
+        self._process = process
+        self._on_gone = on_gone
+        self._fd: int | None = None
+        with contextlib.suppress(ProcessLookupError):
+            self._fd = os.pidfd_open(process.pid)
+        # Opened first, compared after: between the two the pid cannot pass to another process unseen.
+        loop = asyncio.get_running_loop()
+        if self._fd is None or not spawn.alive(process):
+            loop.call_soon(self._ended)
+        else:
+            loop.add_reader(self._fd, self._ended)
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._fd is not None:
+            asyncio.get_running_loop().remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = None
+
+    def _ended(self) -> None:
+        self.close()
+        spawn.identify(self._process.pid)  # reaps it when it is our child
+        self._on_gone()
+
+
+async def wait_gone(process: ProcessId, timeout_s: float) -> bool:
+    """Wait for a process's end; False when it still runs after `timeout_s`."""
+    gone = asyncio.Event()
+    watch = ProcessWatch(process, gone.set)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await gone.wait()
+    except TimeoutError:
+        return False
+    finally:
+        watch.close()
+    return True
