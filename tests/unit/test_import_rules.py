@@ -45,7 +45,12 @@ RULES = {
     "vmrt.spawn": rule("vmrt.errors"),
     "vmrt.store": rule("vmrt.errors", "vmrt.model", outside=("msgspec",)),
     "vmrt.agent": rule(outside=("google.protobuf",)),
-    "vmrt.agent_client": rule(leaves=True, outside=("google.protobuf",)),
+    "vmrt.agent_client": rule(
+        # The wire formats, shared by both ends.
+        *("vmrt.agent.frames", "vmrt.agent.status", "vmrt.agent.ttrpc"),
+        leaves=True,
+        outside=("google.protobuf",),
+    ),
     "vmrt.hypervisor": rule(leaves=True, outside=("libvirt", "libvirt_qemu")),
     "vmrt.images": rule(leaves=True, outside=("msgspec",)),
     "vmrt.cni": rule(leaves=True),

@@ -21,7 +21,6 @@ from vmrt.agent import cgroups, console, crun, layout, output, rootfs, spec, sta
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from typing import Any
 
     from vmrt.agent.disks import Layers
@@ -357,18 +356,15 @@ class Containers:
         if not container.cgroup.remove():
             console.log(f"container {container.id}: its cgroup is still populated")
 
-    def remove_all(self, timeout_s: float) -> None:
-        """Kill and remove every container, for the machine's end."""
+    def kill_all(self, timeout_s: float) -> None:
+        """Kill every container and wait for the exits, for the machine's end. Output that nobody has taken stays."""
         deadline = time.monotonic() + timeout_s
-        for container in self.all():
+        everyone = self.all()
+        for container in everyone:
             container.cgroup.kill()
-        for container in self._each_until(deadline):
-            self.remove(container.id)
-
-    def _each_until(self, deadline: float) -> Iterator[Container]:
-        for container in self.all():
-            if time.monotonic() < deadline:
-                yield container
+        for container in everyone:
+            if container.child is not None:
+                container.child.wait(max(0.0, deadline - time.monotonic()))
 
     # --- figures ------------------------------------------------------------------------------------------------------
 

@@ -171,13 +171,13 @@ class Output:
     def follow_log(self, stdout_offset: int, stderr_offset: int) -> Cursor:
         """Start the log's reader at these offsets and end an older one.
 
-        Octets below an offset count as acknowledged. Raises `ValueError` for an offset that has been dropped or has
-        not been reached.
+        What lies below an offset counts as stored, what has been dropped is skipped: the reader sees it by the offset
+        of its first chunk. Raises `ValueError` for an offset that has not been reached.
         """
         with self._lock:
             for stream, offset in zip(self._streams, (stdout_offset, stderr_offset), strict=True):
-                if not stream.start <= offset <= stream.end and not (self._discard and offset <= stream.end):
-                    raise ValueError(f"offset {offset} is not within {stream.start}..{stream.end}")
+                if offset > stream.end:
+                    raise ValueError(f"offset {offset} is behind the end, {stream.end}")
             older, self._log = self._log, None
             cursor = self._log = Cursor(self, [stdout_offset, stderr_offset], holds=False)
             self._cursors.append(cursor)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SERVICE = "vmrt.agent.v1.Agent"
 MAX_TIMEOUT_S = 300.0
 DEFAULT_TIMEOUT_S = 60.0
-RELEASE_FILE = "/etc/vmrt-guest"
+RELEASE_FILE = "/etc/vmrt-guest-version"
 _USAGE_AGE_S = 10.0
 
 
@@ -142,7 +142,7 @@ class Service:
 
     def shutdown(self, request: pb.ShutdownRequest, deadline: float) -> pb.ShutdownResponse:
         """Kill everything and leave the scratch disk clean."""
-        self.containers.remove_all((request.timeout_ms or 10_000) / 1000)
+        self.containers.kill_all((request.timeout_ms or 10_000) / 1000)
         os.sync()
         rootfs.unmount(layout.SCRATCH)
         return pb.ShutdownResponse()
