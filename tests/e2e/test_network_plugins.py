@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tap_guest import LINE, TapGuest
 
+from tests.e2e.tap_guest import LINE, TapGuest
 from vmrt import netns
 from vmrt.config import NetworkConfig
 from vmrt.errors import NetworkError
@@ -255,7 +255,8 @@ async def test_host_port_leads_into_the_guest(house: House, network: NetBridge) 
     spec = a_spec(PortMapping(Protocol.TCP, 80, host_port), PortMapping(Protocol.TCP, 81))
     sandbox, pod, guest = await house.pod(network, spec)
     gateway = next(route.gateway for route in pod.routes if route.destination == "0.0.0.0/0")
-    assert await asyncio.to_thread(tcp_from_host, gateway, host_port) == LINE
+    for host_address in (gateway, "127.0.0.1"):
+        assert await asyncio.to_thread(tcp_from_host, host_address, host_port) == LINE
     assert any(" to 80 " in event for event in guest.seen)
     await network.teardown(sandbox)
     assert house.leftovers() == []
