@@ -251,7 +251,7 @@ step_vsock() {
 
 # The builder keeps its own account of its inputs, and its `current` link names the version made of them.
 step_guest() {
-    local outside build=("$VENV/bin/python" -m vmrt.guest_image build --output "$GUEST")
+    local outside build=("$VENV/bin/python" -m vmrt guest build --output "$GUEST")
     if [ ! -e "$GUEST/current" ]; then
         need_root "building the guest image"
         # QEMU runs as a user that may not pass through /root or a closed home: there the image lies outside.
