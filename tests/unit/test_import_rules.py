@@ -51,7 +51,7 @@ RULES = {
         leaves=True,
         outside=("google.protobuf",),
     ),
-    "vmrt.hypervisor": rule(leaves=True, outside=("libvirt", "libvirt_qemu")),
+    "vmrt.hypervisor": rule("vmrt.agent.frames", leaves=True, outside=("libvirt", "libvirt_qemu")),
     "vmrt.images": rule(leaves=True, outside=("msgspec",)),
     "vmrt.cni": rule(leaves=True),
     "vmrt.netns": rule(leaves=True, outside=("pyroute2",)),
@@ -59,7 +59,7 @@ RULES = {
     "vmrt.netbridge": rule(*("vmrt.cni", "vmrt.netns", "vmrt.fallback_network"), leaves=True, outside=("pyroute2",)),
     "vmrt.streaming": rule(leaves=True),
     "vmrt.guest_image": rule(leaves=True),
-    "vmrt.pods": rule("vmrt.store", "vmrt.agent_client", leaves=True, outside=("msgspec",)),
+    "vmrt.pods": rule("vmrt.store", "vmrt.agent_client", leaves=True, outside=("msgspec", "google.protobuf")),
     "vmrt.cri": rule(
         *("vmrt", "vmrt.pods", "vmrt.images", "vmrt.streaming", "vmrt.proto"),
         leaves=True,

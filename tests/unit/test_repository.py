@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import vmrt
+from vmrt.config import HypervisorConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +126,22 @@ def test_the_licence_is_apache_2() -> None:
     assert "Apache License" in text
     assert "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_architecture_names_every_room_and_directory() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    named = set(re.findall(r"[a-z_]+", text))
+    rooms = {Path(path).parts[1].removesuffix(".py") for path in committed() if path.startswith("vmrt/")} - {"__init__"}
+    directories = {Path(path).parts[0] for path in committed() if len(Path(path).parts) > 1} - {".ci"}
+    assert sorted((rooms | directories) - named) == []
+
+
+def test_set_up_installs_what_the_configuration_expects() -> None:
+    script = (ROOT / "setup" / "setup.sh").read_text()
+    values = dict(re.findall(r"^readonly ([A-Z_]+)=(\S+)", script, re.MULTILINE))
+    defaults = HypervisorConfig()
+    assert values["QEMU_USER"] == defaults.qemu_user == defaults.qemu_group
+    assert values["VHOST_DEVICE_VSOCK"] == str(defaults.vhost_device_vsock)
 
 
 def test_links_between_documents_lead_somewhere() -> None:
