@@ -475,11 +475,15 @@ def from_record(text: bytes) -> Attachment:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file atomically; it is on disk when this returns."""
+    """Replace a file atomically; it is on disk when this returns. Raises `NetworkError`, leaving the old file."""
     temporary = path.with_name(f".{path.name}.new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(fd)
-    temporary.replace(path)
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+        temporary.replace(path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise NetworkError(f"cannot write {path}: {e.strerror}", phase="cni record") from e

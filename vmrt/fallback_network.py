@@ -29,7 +29,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 VERSION = "1.0.0"
 # Of each configured subnet a daemon takes a block of this size, so that several on one machine do not collide.
 BLOCK_PREFIX = {4: 22, 6: 64}
-NAT_TIMEOUT_S = 10.0
+NETFILTER_TIMEOUT_S = 10.0
 BUILT_IN = "vmrt itself"  # the source of the configuration
 
 # What the plugins ask of iptables' nat table.
@@ -75,9 +75,14 @@ class FallbackNetwork:
             if self._conflist is None:
                 blocks = await netns.in_thread(self._take_blocks)
                 nat = await self.nat_support()
-                leases = self._record_dir / "ipam"
+                filters = [await netfilter_rules(tool, "filter") for tool in ("iptables-save", "ip6tables-save")]
                 self._conflist = fallback_conflist(
-                    self.name, blocks, leases, masquerade=nat.masquerade, port_mapping=nat.port_mapping
+                    self.name,
+                    blocks,
+                    self._record_dir / "ipam",
+                    masquerade=nat.masquerade,
+                    port_mapping=nat.port_mapping,
+                    forward_rules=any(map(drops_forwarded, filters[: len(blocks)])),
                 )
                 log.info("no CNI configuration: using bridge %s with %s", self.name, ", ".join(blocks))
                 if nat.detail:
@@ -176,12 +181,19 @@ def nat_limits(nat: NatSupport) -> str:
 
 
 def fallback_conflist(
-    name: str, subnets: Sequence[str], data_dir: Path, *, masquerade: bool, port_mapping: bool
+    name: str,
+    subnets: Sequence[str],
+    data_dir: Path,
+    *,
+    masquerade: bool,
+    port_mapping: bool,
+    forward_rules: bool = False,
 ) -> cni.ConfList:
     """Return the configuration used when the operator gave none: bridge + host-local + portmap.
 
     `name` is the network's and the bridge's; `subnets` has one IPv4 and at most one IPv6 range; the leases are kept
-    below `data_dir`. `masquerade` and `port_mapping` say what the host's iptables can do.
+    below `data_dir`. `masquerade` and `port_mapping` say what the host's iptables can do; `forward_rules` asks for
+    rules that let pods' packets through a firewall which drops what is forwarded.
     """
     networks = [ipaddress.ip_network(subnet) for subnet in subnets]
     bridge_plugin: cni.Json = {
@@ -198,8 +210,27 @@ def fallback_conflist(
             "routes": [{"dst": "0.0.0.0/0" if network.version == 4 else "::/0"} for network in networks],
         },
     }
-    portmap: cni.Json = {"type": "portmap", "capabilities": {"portMappings": True}, "snat": True}
-    return cni.ConfList(name, VERSION, (bridge_plugin, portmap) if port_mapping else (bridge_plugin,), BUILT_IN)
+    plugins = [bridge_plugin]
+    if forward_rules:
+        plugins.append({"type": "firewall", "backend": "iptables"})
+    if port_mapping:
+        plugins.append({"type": "portmap", "capabilities": {"portMappings": True}, "snat": True})
+    return cni.ConfList(name, VERSION, tuple(plugins), BUILT_IN)
+
+
+def drops_forwarded(rules: bytes) -> bool:
+    """Say whether a filter table (as iptables-save prints it) drops what no rule accepts. Docker sets this policy."""
+    return any(line.startswith((b":FORWARD DROP", b":FORWARD REJECT")) for line in rules.splitlines())
+
+
+async def netfilter_rules(tool: str, table: str) -> bytes:
+    """Return what iptables-save or its sibling prints of a table; nothing where there is no such tool or table."""
+    try:
+        env = {**os.environ, "PATH": cni.search_path(os.environ)}
+        return (await spawn.run([tool, "-t", table], env=env, timeout_s=NETFILTER_TIMEOUT_S)).stdout
+    except (ProcessError, DeadlineError) as e:
+        log.debug("%s", e)
+        return b""
 
 
 async def _restore(path: Path, tool: str, rules: str) -> str:
@@ -209,7 +240,7 @@ async def _restore(path: Path, tool: str, rules: str) -> str:
             ["nsenter", f"--net={path}", tool],
             input_bytes=f"*nat\n{rules}\nCOMMIT\n".encode(),
             env={**os.environ, "PATH": cni.search_path(os.environ)},
-            timeout_s=NAT_TIMEOUT_S,
+            timeout_s=NETFILTER_TIMEOUT_S,
         )
     except (ProcessError, DeadlineError) as e:
         return f"{tool}: {e.message}"

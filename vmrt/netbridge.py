@@ -17,7 +17,6 @@ import contextlib
 import functools
 import ipaddress
 import logging
-import os
 import re
 import time
 import weakref
@@ -25,10 +24,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vmrt import cni, netns, spawn
+from vmrt import cni, netns
 from vmrt.config import NetworkConfig
-from vmrt.errors import DeadlineError, NetworkError, ProcessError, VmrtError
-from vmrt.fallback_network import BUILT_IN, FallbackNetwork
+from vmrt.errors import DeadlineError, NetworkError, VmrtError
+from vmrt.fallback_network import BUILT_IN, FallbackNetwork, netfilter_rules
 from vmrt.model import GuestInterface, GuestNeighbour, GuestRoute, PodNetwork, SandboxSpec
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,10 @@ class NetBridge:
     async def open(self) -> None:
         """Make the directories and look at the configuration; one that is not ready yet is said by `status`."""
         for directory in (self._netns_dir, self._record_dir):
-            await asyncio.to_thread(directory.mkdir, 0o711, True, True)
+            try:
+                await asyncio.to_thread(directory.mkdir, 0o711, True, True)
+            except OSError as e:
+                raise NetworkError(f"cannot make {directory}: {e.strerror}", phase="network open") from e
         ready, _, message = await self.status()
         if not ready:
             log.warning("network is not ready: %s", message)
@@ -205,7 +207,9 @@ class NetBridge:
             return
         wanted = []
         for version, tool in ((4, "iptables-save"), (6, "ip6tables-save")):
-            entries = [line for line in (await _nat_rules(tool)).splitlines() if line.startswith(b"-A POSTROUTING")]
+            entries = [
+                line for line in (await netfilter_rules(tool, "nat")).splitlines() if line.startswith(b"-A POSTROUTING")
+            ]
             if any(attachment.container_id.encode() in line for line in entries):
                 wanted += [cidr for cidr in addresses if ipaddress.ip_interface(cidr).version == version]
 
@@ -374,13 +378,3 @@ def masqueraded(attachment: cni.Attachment) -> tuple[str, ...]:
     if attachment.result is None or not any(plugin.get("ipMasq") is True for plugin in attachment.conflist.plugins):
         return ()
     return cni.parse_result(attachment.result, attachment.ifname).addresses
-
-
-async def _nat_rules(tool: str) -> bytes:
-    """Return what iptables-save or its sibling prints; nothing where there is no such tool or table."""
-    try:
-        env = {**os.environ, "PATH": cni.search_path(os.environ)}
-        return (await spawn.run([tool, "-t", "nat"], env=env, timeout_s=10.0)).stdout
-    except (ProcessError, DeadlineError) as e:
-        log.debug("%s", e)
-        return b""

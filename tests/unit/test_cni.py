@@ -291,3 +291,5 @@ def test_durable_write_replaces_whole_files(tmp_path: Path) -> None:
         assert path.read_bytes() == content
     assert [entry.name for entry in tmp_path.iterdir()] == ["record.json"]
     assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(NetworkError, match="cannot write"):
+        cni.write_durably(tmp_path / "absent" / "x", b"")

@@ -17,6 +17,7 @@ from vmrt.fallback_network import (
     NatSupport,
     choose_block,
     clashes,
+    drops_forwarded,
     fallback_conflist,
     nat_limits,
     network_name,
@@ -187,8 +188,24 @@ def test_built_in_configuration() -> None:
     ipam = conflist.plugins[0]["ipam"]
     assert ipam["ranges"] == [[{"subnet": "10.241.4.0/22"}], [{"subnet": "fd00:1::/64"}]]
     assert ipam["routes"] == [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+    walled = fallback_conflist(
+        "vmrt-x", ["10.0.0.0/24"], Path("/r"), masquerade=True, port_mapping=True, forward_rules=True
+    )
+    assert walled.types == ("bridge", "host-local", "firewall", "portmap")
     bare = fallback_conflist("vmrt-x", ["10.0.0.0/24"], Path("/r"), masquerade=False, port_mapping=False)
     assert bare.types == ("bridge", "host-local") and bare.plugins[0]["ipMasq"] is False
+
+
+@pytest.mark.parametrize(
+    ("rules", "drops"),
+    [
+        (b"*filter\n:INPUT DROP [0:0]\n:FORWARD ACCEPT [0:0]\nCOMMIT\n", False),
+        (b"*filter\n:INPUT ACCEPT [0:0]\n:FORWARD DROP [7:420]\nCOMMIT\n", True),
+        (b"", False),
+    ],
+)
+def test_forward_policy_is_read(rules: bytes, drops: bool) -> None:
+    assert drops_forwarded(rules) is drops
 
 
 def test_limits_say_what_is_lost() -> None:
