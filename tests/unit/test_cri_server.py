@@ -19,11 +19,11 @@ import grpc.aio
 import pytest
 
 import vmrt
+from vmrt.config import Config
 from vmrt.cri import interceptor, server
-from vmrt.cri.control_service import ControlService, image_events
-from vmrt.cri.image_service import ImageService
+from vmrt.cri.control_service import image_events
 from vmrt.cri.ports import Pods
-from vmrt.cri.runtime_service import RuntimeService, fit_output
+from vmrt.cri.runtime_service import cgroup_driver, fit_output
 from vmrt.errors import (
     AlreadyExistsError,
     Code,
@@ -208,10 +208,8 @@ class Edge:
     control: control_grpc.ControlAsyncStub
 
 
-def make(path: Path, pods: FakePods, images: FakeImages) -> server.Server:
-    return server.Server(
-        path, RuntimeService(pods, ["vm"], driver=cri.CGROUPFS), ImageService(images), ControlService(pods, images)
-    )
+def make(path: Path, pods: FakePods, images: FakeImages) -> server.CriServer:
+    return server.CriServer(Config(listen=f"unix://{path}"), pods, images)
 
 
 @pytest.fixture
@@ -225,7 +223,7 @@ def directory() -> Iterator[Path]:
 async def edge(directory: Path) -> AsyncIterator[Edge]:
     pods, images, path = FakePods(), FakeImages(), directory / "vmrt.sock"
     served = make(path, pods, images)
-    await served.start()
+    await served.open()
     try:
         async with grpc.aio.insecure_channel(f"unix://{path}") as channel:
             yield Edge(
@@ -237,7 +235,7 @@ async def edge(directory: Path) -> AsyncIterator[Edge]:
                 control_grpc.ControlStub(channel),
             )
     finally:
-        await served.stop(0.1)
+        await served.close(0.1)
 
 
 def sandbox_request(name: str = "web") -> cri.RunPodSandboxRequest:
@@ -272,7 +270,7 @@ async def test_version_and_status(edge: Edge) -> None:
     assert not status.info
     assert dict((await edge.runtime.Status(cri.StatusRequest(verbose=True))).info) == {"config": "{}"}
     config = await edge.runtime.RuntimeConfig(cri.RuntimeConfigRequest())
-    assert config.linux.cgroup_driver == cri.CGROUPFS
+    assert config.linux.cgroup_driver == cgroup_driver()
     await edge.runtime.UpdateRuntimeConfig(cri.UpdateRuntimeConfigRequest())
 
 
@@ -587,7 +585,7 @@ async def test_socket_is_for_root_and_its_group(edge: Edge) -> None:
 
 async def test_second_daemon_is_refused_and_the_first_serves_on(edge: Edge) -> None:
     with pytest.raises(AlreadyExistsError, match="another daemon answers"):
-        await make(edge.path, edge.pods, edge.images).start()
+        await make(edge.path, edge.pods, edge.images).open()
     assert (await edge.runtime.Version(cri.VersionRequest())).runtime_name == "vmrt"
 
 
@@ -597,10 +595,10 @@ async def test_stale_socket_is_replaced_and_ours_removed(directory: Path) -> Non
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
     served = make(path, FakePods(), FakeImages())
-    await served.start()
+    await served.open()
     async with grpc.aio.insecure_channel(f"unix://{path}") as channel:
         assert await cri_grpc.RuntimeServiceStub(channel).Version(cri.VersionRequest())
-    await served.stop(0.1)
+    await served.close(0.1)
     assert not path.exists()
 
 
@@ -608,13 +606,13 @@ async def test_file_in_the_way_is_left_alone(directory: Path) -> None:
     path = directory / "vmrt.sock"
     path.write_text("precious")
     with pytest.raises(ConfigError, match="is no socket"):
-        await make(path, FakePods(), FakeImages()).start()
+        await make(path, FakePods(), FakeImages()).open()
     assert path.read_text() == "precious"
 
 
 async def test_socket_path_too_long(directory: Path) -> None:
     with pytest.raises(ConfigError, match="the kernel takes at most 107"):
-        await make(directory / ("x" * 100), FakePods(), FakeImages()).start()
+        await make(directory / ("x" * 100), FakePods(), FakeImages()).open()
 
 
 def test_codes_are_those_of_grpc() -> None:
@@ -622,3 +620,10 @@ def test_codes_are_those_of_grpc() -> None:
         assert interceptor.STATUS[code].value[0] == code
     assert DeadlineError("x").code is Code.DEADLINE_EXCEEDED
     assert FailedPreconditionError("x").code is Code.FAILED_PRECONDITION
+
+
+@pytest.mark.parametrize(("running", "driver"), [(True, cri.SYSTEMD), (False, cri.CGROUPFS)])
+def test_cgroup_driver_follows_systemd(directory: Path, running: bool, driver: int) -> None:
+    if running:
+        (directory / "system").mkdir()
+    assert cgroup_driver(directory / "system") == driver

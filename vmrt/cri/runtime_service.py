@@ -28,9 +28,9 @@ _OUTPUT_LIMIT_BYTES = REPLY_LIMIT_BYTES - 4096
 _TIMEOUT_LIMIT_S = 10 * 365 * 86400
 
 
-def cgroup_driver() -> cri.CgroupDriver.ValueType:
+def cgroup_driver(mark: Path = Path("/run/systemd/system")) -> cri.CgroupDriver.ValueType:
     """Return how cgroup_parent is to be spelt on this host: systemd's way where it is running (sd_booted(3))."""
-    return cri.SYSTEMD if Path("/run/systemd/system").is_dir() else cri.CGROUPFS
+    return cri.SYSTEMD if mark.is_dir() else cri.CGROUPFS
 
 
 def fit_output(stdout: bytes, stderr: bytes, limit: int = _OUTPUT_LIMIT_BYTES) -> tuple[bytes, bytes]:
@@ -44,18 +44,11 @@ def fit_output(stdout: bytes, stderr: bytes, limit: int = _OUTPUT_LIMIT_BYTES) -
 class RuntimeService(cri_grpc.RuntimeServiceServicer):
     """`handlers` are the names of the configured RuntimeClass handlers."""
 
-    def __init__(
-        self,
-        pods: Pods,
-        handlers: Sequence[str],
-        *,
-        features: statuses.Features | None = None,
-        driver: cri.CgroupDriver.ValueType | None = None,
-    ) -> None:
+    def __init__(self, pods: Pods, handlers: Sequence[str]) -> None:
         self._pods = pods
         self._handlers = tuple(handlers)
-        self._features = features or statuses.Features()
-        self._driver = cgroup_driver() if driver is None else driver
+        self._features = statuses.Features()
+        self._driver = cgroup_driver()
         self._sandbox_items = statuses.Translated(statuses.sandbox_item)
         self._container_items = statuses.Translated(statuses.container_item)
 

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import grpc.aio
 
-from vmrt.config import SOCKET_PATH_LIMIT
+from vmrt.config import SOCKET_PATH_LIMIT, Config
 from vmrt.cri.control_service import ControlService
 from vmrt.cri.image_service import ImageService
 from vmrt.cri.interceptor import OutcomeInterceptor
+from vmrt.cri.ports import Pods
 from vmrt.cri.runtime_service import REPLY_LIMIT_BYTES, RuntimeService
 from vmrt.errors import AlreadyExistsError, ConfigError
+from vmrt.pods.drivers import ImageStore
 from vmrt.proto.runtime.v1 import api_pb2_grpc as cri_grpc
 from vmrt.proto.vmrt.v1 import control_pb2_grpc as control_grpc
 
@@ -33,26 +35,24 @@ _SOCKET_MODE = 0o660
 _PROBE_TIMEOUT_S = 2.0
 
 
-class Server:
-    """One server: `start` once, `stop` once."""
+class CriServer:
+    """One server: `open` once, `close` once."""
 
-    def __init__(self, socket: Path, runtime: RuntimeService, images: ImageService, control: ControlService) -> None:
-        self._socket = socket
+    def __init__(self, config: Config, pods: Pods, images: ImageStore) -> None:
+        self._socket = config.socket_path
         self._ours: tuple[int, int] | None = None
         self._server = grpc.aio.server(
             interceptors=(OutcomeInterceptor(),),
             options=(
                 ("grpc.max_receive_message_length", REPLY_LIMIT_BYTES),
                 ("grpc.max_send_message_length", REPLY_LIMIT_BYTES),
-                # Only for TCP ports; without it grpc complains where the option is unknown to the kernel.
-                ("grpc.so_reuseport", 0),
             ),
         )
-        cri_grpc.add_RuntimeServiceServicer_to_server(runtime, self._server)
-        cri_grpc.add_ImageServiceServicer_to_server(images, self._server)
-        control_grpc.add_ControlServicer_to_server(control, self._server)
+        cri_grpc.add_RuntimeServiceServicer_to_server(RuntimeService(pods, tuple(config.handlers)), self._server)
+        cri_grpc.add_ImageServiceServicer_to_server(ImageService(images), self._server)
+        control_grpc.add_ControlServicer_to_server(ControlService(pods, images), self._server)
 
-    async def start(self) -> None:
+    async def open(self) -> None:
         """Bind and serve.
 
         `AlreadyExistsError` when another daemon answers on the socket, `ConfigError` when it cannot be bound.
@@ -71,17 +71,11 @@ class Server:
         self._socket.chmod(_SOCKET_MODE)
         self._ours = _identity(self._socket)
         await self._server.start()
-        log.info("serving CRI v1 on unix://%s", self._socket)
 
-    async def wait(self) -> None:
-        """Return when the server has been stopped."""
-        await self._server.wait_for_termination()
-
-    async def stop(self, grace_s: float = 5.0) -> None:
+    async def close(self, grace_s: float = 5.0) -> None:
         """Take no more calls, let running ones finish for `grace_s`, cancel the rest, remove the socket."""
-        ours = self._ours is not None and _identity(self._socket) == self._ours
         await self._server.stop(grace_s)
-        if ours and _identity(self._socket) == self._ours:
+        if self._ours is not None and _identity(self._socket) == self._ours:
             _remove(self._socket)
 
 
