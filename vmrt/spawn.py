@@ -208,6 +208,10 @@ def detached(
     groups. Raises `ProcessError` when it cannot be started.
     """
     args = tuple(str(arg) for arg in argv)
+    if owner is not None:
+        # Not Popen's user=: with it CPython forks instead of vforking, which copies the daemon's page tables and runs
+        # the fork handlers of every library in the process (grpc's crash there). setpriv(1) execs: the pid is the same.
+        args = ("setpriv", f"--reuid={owner[0]}", f"--regid={owner[1]}", "--clear-groups", "--", *args)
     log.debug("detach: %s", pasteable(args))
     sink = subprocess.DEVNULL if log_fd is None else log_fd
     try:
@@ -219,9 +223,6 @@ def detached(
             env=None if env is None else dict(env),
             pass_fds=tuple(pass_fds),
             start_new_session=True,
-            user=owner[0] if owner else None,
-            group=owner[1] if owner else None,
-            extra_groups=() if owner else None,
         )
     except OSError as e:
         raise ProcessError(f"cannot start {args[0]}: {e.strerror or e}", argv=args) from e
