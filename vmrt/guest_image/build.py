@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vmrt.agent import layout
 from vmrt.errors import NotFoundError, UnsupportedError, VmrtError
-from vmrt.guest_image import initramfs, kernel, manifest, modules, rootfs
+from vmrt.guest_image import bindings, initramfs, kernel, manifest, modules, rootfs
 from vmrt.guest_image.packages import Package, PackageCache, Progress, staged_directory
 from vmrt.model import GuestImage
 
@@ -43,6 +43,7 @@ CMDLINE = " ".join(
         "reboot=t",  # by triple fault, without trying the keyboard controller and ACPI first
         "random.trust_cpu=on",  # RDRAND seeds the guest's RNG at boot; the agent adds the host's entropy
         "cryptomgr.notests",  # the kernel's self-tests of its ciphers took 0.16 s of an emulated boot
+        "noreplace-smp",  # keep lock prefixes on one CPU: patching them out and back costs more than they do
         "rcupdate.rcu_expedited=1",  # grace periods wait for no timer tick: module loading, mounts and netns need many
     )
 )
@@ -272,6 +273,7 @@ def agent_files(agent: Path) -> dict[str, bytes]:
             "agent_pb2.py has not been generated", phase=PHASE, resource=str(agent), hint="run `make stubs`"
         )
     files = {f"vmrt/agent/{path.relative_to(agent)}": path.read_bytes() for path in sorted(agent.rglob("*.py"))}
+    files["vmrt/agent/agent_pb2.py"] = bindings.slim(files["vmrt/agent/agent_pb2.py"])
     return {"vmrt/__init__.py": b"", **files}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from vmrt import spawn
 from vmrt.errors import ProcessError
-from vmrt.guest_image import cpio
+from vmrt.guest_image import cpio, modules
 
 PHASE = "guest image initramfs"
 ROOT_SERIAL = "vmrt-root"
@@ -43,18 +43,21 @@ def plan(module_files: Sequence[str], filesystem: str, argv: Sequence[str] = AGE
     return "\n".join([*steps, " ".join(("exec", *argv)), ""])
 
 
-def build(init: bytes, modules: Sequence[Path], filesystem: str, argv: Sequence[str] = AGENT_ARGV) -> bytes:
+def build(init: bytes, module_files: Sequence[Path], filesystem: str, argv: Sequence[str] = AGENT_ARGV) -> bytes:
     """Return the archive, uncompressed: it is small, and decompressing costs more than reading when emulated.
 
-    `modules` are files in the order in which they are to be loaded.
+    `module_files` are given in the order in which they are to be loaded.
     """
-    names = [PurePosixPath(path).name for path in modules]
+    names = [PurePosixPath(path).name for path in module_files]
     return cpio.archive(
         [
             *(cpio.directory(name) for name in ("dev", "modules", "root", "sys")),
             cpio.character_device("dev/console", 5, 1),
             cpio.file("init", init, 0o755),
             cpio.file("plan", plan(names, filesystem, argv).encode()),
-            *(cpio.file(f"modules/{name}", path.read_bytes()) for name, path in zip(names, modules, strict=True)),
+            *(
+                cpio.file(f"modules/{name}", modules.without_signature(path.read_bytes()))
+                for name, path in zip(names, module_files, strict=True)
+            ),
         ]
     )
