@@ -30,10 +30,7 @@ async def serve(config: Config) -> None:
     """
     # Imported here so that the command line's other commands start without libvirt, pyroute2 and grpc.
     from vmrt import guest_image
-    from vmrt.cri.control_service import ControlService
-    from vmrt.cri.image_service import ImageService
-    from vmrt.cri.runtime_service import RuntimeService
-    from vmrt.cri.server import Server
+    from vmrt.cri.server import CriServer
     from vmrt.hypervisor.libvirt_driver import LibvirtHypervisor
     from vmrt.images.store import ImageStore
     from vmrt.model import GuestImage
@@ -72,10 +69,9 @@ async def serve(config: Config) -> None:
         stack.push_async_callback(pods.close)
         await pods.open()
         images.collect()
-        services = RuntimeService(pods, list(config.handlers)), ImageService(images), ControlService(pods, images)
-        server = Server(config.socket_path, *services)
-        stack.push_async_callback(server.stop)
-        await server.start()
+        server = CriServer(config, pods, images)
+        stack.push_async_callback(server.close)
+        await server.open()
         log.info("vmrt %s serves CRI on %s (%s)", __version__, config.listen, hypervisor.accelerator)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
