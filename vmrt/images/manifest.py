@@ -170,9 +170,10 @@ def parse_config(data: bytes, resource: str) -> tuple[ImageConfig, tuple[str, ..
         raise ImageError(f"malformed image configuration: {e}", phase="configuration", resource=resource) from e
     if document.rootfs is None or document.rootfs.type != "layers":
         raise ImageError("the configuration names no layers", phase="configuration", resource=resource)
-    if document.os not in ("", "linux") or document.architecture not in ("", host_architecture()):
+    host = host_architecture()
+    if document.os not in ("", "linux") or document.architecture not in ("", host):
         raise ImageError(
-            f"the image is for {document.os}/{document.architecture}, this machine is linux/{host_architecture()}",
+            f"the image is for {document.os or 'linux'}/{document.architecture}, this machine is linux/{host}",
             phase="configuration",
             resource=resource,
         )
