@@ -42,7 +42,7 @@ e2e: ## end-to-end tests with real VMs, CNI plugins and a registry (root)
 	$(PYTHON) -m pytest -v --timeout 600 $(E2E_OPTIONS) tests/e2e
 
 interop: ## the clients of kubelet and kubectl, in Go
-	@setup/interop.sh
+	@$(PYTHON) -m tests.interop
 
 bench: setup ## measure against bare QEMU and print the figures of docs/performance.md
 	@$(PYTHON) -m bench

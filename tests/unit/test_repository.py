@@ -159,7 +159,7 @@ def test_the_cni_example_is_json() -> None:
     assert json.loads((ROOT / "deploy" / "10-vmrt.conflist").read_text())["plugins"]
 
 
-@pytest.mark.parametrize("path", [".ci/run", "setup/setup.sh", "setup/interop.sh"])
+@pytest.mark.parametrize("path", [".ci/run", "setup/setup.sh"])
 def test_scripts_are_executable(path: str) -> None:
     assert (ROOT / path).stat().st_mode & 0o111 == 0o111
 
