@@ -15,7 +15,7 @@ import logging
 import os
 import pwd
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 
 from vmrt import spawn
@@ -36,6 +36,7 @@ from vmrt.spawn import ProcessId
 log = logging.getLogger(__name__)
 
 _KILL_TIMEOUT_S = 10.0
+_LET_GO_TIMEOUT_S = 10.0
 _CONSOLE_DRAIN_S = 1.0
 _CONSOLE_IN_ERRORS_BYTES = 4096
 _NO_KVM = "no usable KVM (%s): VMs run under software emulation (TCG), many times slower; `vmrt doctor` tells more"
@@ -62,6 +63,8 @@ class LibvirtHypervisor:
         self._vms: dict[str, Vm] = {}
         self._events: asyncio.Queue[VmEvent] = asyncio.Queue()
         self._teardowns: set[asyncio.Task[None]] = set()
+        # VMs whose QEMU is dead and whose domain libvirt has not forgotten yet, by domain name.
+        self._lingering: dict[str, Vm] = {}
 
     # --- the connection ---------------------------------------------------------------------------------------------
 
@@ -85,7 +88,7 @@ class LibvirtHypervisor:
 
     async def close(self) -> None:
         """Disconnect. Running VMs go on."""
-        if self._teardowns:
+        while self._teardowns:
             await asyncio.wait(self._teardowns)
         for vm in self._vms.values():
             vm.unwatch()
@@ -130,6 +133,8 @@ class LibvirtHypervisor:
     async def boot(self, spec: VmSpec) -> None:
         """Start a VM and return when its agent has sent the ready notice."""
         resource = f"vm {spec.vm_id}"
+        while (earlier := self._lingering.get(domain.domain_name(self._instance, spec.vm_id))) is not None:
+            await earlier.forgotten.wait()
         if spec.vm_id in self._vms:
             raise AlreadyExistsError("a VM with this id exists", phase="boot", resource=resource)
         paths = paths_of(self._vms_directory, spec.vm_id)
@@ -234,9 +239,7 @@ class LibvirtHypervisor:
         It goes on when a caller is cancelled: half an undo is worth nothing.
         """
         if vm.teardown is None:
-            vm.teardown = asyncio.create_task(self._remove(vm))
-            self._teardowns.add(vm.teardown)
-            vm.teardown.add_done_callback(self._teardowns.discard)
+            vm.teardown = self._to_the_end(self._remove(vm))
         while not vm.teardown.done():
             try:
                 await asyncio.shield(vm.teardown)
@@ -253,17 +256,45 @@ class LibvirtHypervisor:
         vm.unwatch()
         if vm.record.qemu is None:
             self._take_qemu(vm)
+        qemu = vm.record.qemu
+        if qemu is not None:
+            self._lingering[vm.domain] = vm
+            self._to_the_end(self._let_go(vm))
         vm.kill_processes()
-        if vm.record.qemu is not None and not await wait_gone(vm.record.qemu, _KILL_TIMEOUT_S):
-            log.error("vm %s: QEMU (pid %d) survives SIGKILL for %g s", vm.vm_id, vm.record.qemu.pid, _KILL_TIMEOUT_S)
-        try:
+        if qemu is not None and not await wait_gone(qemu, _KILL_TIMEOUT_S):
+            log.error("vm %s: QEMU (pid %d) survives SIGKILL for %g s", vm.vm_id, qemu.pid, _KILL_TIMEOUT_S)
+        if qemu is None:
+            # No process that we know of: whatever libvirt has by this name goes its way.
             await self._host.destroy(vm.domain)
+        await vm.vsock.close()
+        await vm.console.close()
+        await asyncio.to_thread(shutil.rmtree, vm.paths.directory, ignore_errors=True)
+        if self._vms.get(vm.vm_id) is vm:
+            del self._vms[vm.vm_id]
+
+    async def _let_go(self, vm: Vm) -> None:
+        """See to it that libvirt forgets the domain of a killed QEMU.
+
+        It notices by itself, but only once the host's init has reaped QEMU, which takes seconds where that is no real
+        init. Nobody has to wait for it but a boot with the same id.
+        """
+        try:
+            async with asyncio.timeout(_LET_GO_TIMEOUT_S):
+                await vm.stopped.wait()
+                # The event comes a moment before the domain's name is free.
+                while True:
+                    if not await self._host.exists(vm.domain):
+                        break
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            try:
+                await self._host.destroy(vm.domain)
+            except VmrtError as e:
+                log.warning("vm %s: %s", vm.vm_id, e)
         finally:
-            await vm.vsock.close()
-            await vm.console.close()
-            await asyncio.to_thread(shutil.rmtree, vm.paths.directory, ignore_errors=True)
-            if self._vms.get(vm.vm_id) is vm:
-                del self._vms[vm.vm_id]
+            self._host.drop_log(vm.domain)
+            self._lingering.pop(vm.domain, None)
+            vm.forgotten.set()
 
     # --- running VMs ------------------------------------------------------------------------------------------------
 
@@ -345,8 +376,12 @@ class LibvirtHypervisor:
 
     def _on_stopped(self, name: str, cause: StopCause) -> None:
         """Hear of a domain's end from libvirt."""
+        if (dying := self._lingering.get(name)) is not None:
+            dying.stopped.set()
+            return
         for vm in self._vms.values():
             if vm.domain == name:
+                vm.stopped.set()
                 self._on_end(vm, *self._verdict(vm, cause))
 
     def _verdict(self, vm: Vm, cause: StopCause) -> tuple[VmEventKind, str]:
@@ -463,6 +498,13 @@ class LibvirtHypervisor:
             detail = vm.end.detail if vm.end is not None else vm.state.value
             raise VmGoneError(f"the VM does not run: {detail}", phase=phase, resource=f"vm {vm_id}")
         return vm
+
+    def _to_the_end(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Run what no caller's cancellation may stop; `close` waits for it."""
+        task = asyncio.create_task(work)
+        self._teardowns.add(task)
+        task.add_done_callback(self._teardowns.discard)
+        return task
 
 
 def _identity_of(user: str, group: str) -> tuple[tuple[int, int], frozenset[int]]:

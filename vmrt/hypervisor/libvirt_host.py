@@ -196,8 +196,16 @@ class LibvirtHost:
 
         await self.call(detach, phase="detach disk", resource=name)
 
+    async def exists(self, name: str) -> bool:
+        """Say whether libvirt still knows a domain."""
+        try:
+            await self.call(lambda: self._connection.lookupByName(name), phase="inspect", resource=name)
+        except VmGoneError:
+            return False
+        return True
+
     async def destroy(self, name: str) -> None:
-        """End a domain and drop what libvirt keeps of it. Absent is fine."""
+        """End a domain. Absent is fine."""
 
         def destroy() -> None:
             try:
@@ -205,8 +213,6 @@ class LibvirtHost:
             except libvirt.libvirtError as e:
                 if e.get_error_code() not in _GONE:
                     raise
-            with contextlib.suppress(OSError):
-                self._qemu_log(name).unlink()
 
         await self.call(destroy, phase="destroy", resource=name)
 
@@ -224,6 +230,11 @@ class LibvirtHost:
             return found
 
         return await self.call(ours, phase="open", resource=self.uri)
+
+    def drop_log(self, name: str) -> None:
+        """Remove what QEMU wrote to its log: libvirt keeps it for ever."""
+        with contextlib.suppress(OSError):
+            self._qemu_log(name).unlink()
 
     def pid(self, name: str) -> int | None:
         """Return QEMU's pid from libvirt's pid file."""

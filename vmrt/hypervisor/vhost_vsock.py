@@ -37,7 +37,7 @@ def start(binary: Path, paths: VmPaths, owner: tuple[int, int]) -> ProcessId:
             e.message,
             phase="boot",
             resource=str(binary),
-            hint="needed where /dev/vhost-vsock is absent: `make setup` builds it, hypervisor.vhost_device_vsock names it",
+            hint="needed where /dev/vhost-vsock is absent: `make setup` builds it; see hypervisor.vhost_device_vsock",
         ) from e
 
 

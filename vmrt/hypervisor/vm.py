@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from vmrt import spawn
 from vmrt.errors import IllegalTransitionError
@@ -52,6 +53,8 @@ class Vm:
         self.state = VmState.BOOTING
         self.end: VmEvent | None = None
         self.ended = asyncio.Event()
+        self.stopped = asyncio.Event()  # libvirt has told of the domain's end
+        self.forgotten = asyncio.Event()  # and its name is free
         self.disks: dict[str, int] = {}
         self.disks_lock = asyncio.Lock()
         self.teardown: asyncio.Task[None] | None = None
@@ -112,9 +115,10 @@ class ProcessWatch:
         self._fd: int | None = None
         with contextlib.suppress(ProcessLookupError):
             self._fd = os.pidfd_open(process.pid)
-        # Opened first, compared after: between the two the pid cannot pass to another process unseen.
+        # Opened first, compared after: between the two the pid cannot pass to another process unseen. A zombie is still
+        # itself here: its first thread may have ended before the others, and only the pidfd tells when all have.
         loop = asyncio.get_running_loop()
-        if self._fd is None or not spawn.alive(process):
+        if self._fd is None or _start_ticks(process.pid) != process.start_ticks:
             loop.call_soon(self._ended)
         else:
             loop.add_reader(self._fd, self._ended)
@@ -130,6 +134,15 @@ class ProcessWatch:
         self.close()
         spawn.identify(self._process.pid)  # reaps it when it is our child
         self._on_gone()
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Return field 22 of proc_pid_stat(5), of a zombie too."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(stat[stat.rindex(")") + 2 :].split()[19])
 
 
 async def wait_gone(process: ProcessId, timeout_s: float) -> bool:

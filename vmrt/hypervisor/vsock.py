@@ -15,14 +15,12 @@ import asyncio
 import contextlib
 import os
 import socket
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from google.protobuf.message import DecodeError
-
 from vmrt.agent import agent_pb2 as pb
+from vmrt.agent.frames import HEADER, Frame, FrameError
 from vmrt.agent.layout import READY_PORT
 from vmrt.errors import VmError
 from vmrt.hypervisor.domain import VsockDevice
@@ -32,7 +30,6 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 KERNEL_DEVICE = Path("/dev/vhost-vsock")
 # The guest's own CID behind a hybrid device: each device is a world of its own, so all guests may have the first one.
 HYBRID_GUEST_CID = 3
-_FRAME_HEADER = struct.Struct(">BI")
 _NOTICE_LIMIT_BYTES = 4096
 _NOTICE_TIMEOUT_S = 10.0
 _ANSWER_LIMIT_BYTES = 32
@@ -73,16 +70,16 @@ async def read_notice(reader: asyncio.StreamReader) -> pb.ReadyNotice:
     """Read one HELLO frame with a `ReadyNotice` from a hostile peer; `VmError` for anything else."""
     try:
         async with asyncio.timeout(_NOTICE_TIMEOUT_S):
-            kind, length = _FRAME_HEADER.unpack(await reader.readexactly(_FRAME_HEADER.size))
+            kind, length = HEADER.unpack(await reader.readexactly(HEADER.size))
             if kind != pb.HELLO or length > _NOTICE_LIMIT_BYTES:
                 raise VmError(f"the guest's first frame is of type {kind} with {length} octets, not a ready notice")
-            return pb.ReadyNotice.FromString(await reader.readexactly(length))
+            return Frame(kind, await reader.readexactly(length)).parse(pb.ReadyNotice)
     except TimeoutError as e:
         raise VmError(f"the guest's ready notice did not end within {_NOTICE_TIMEOUT_S:g} s") from e
     except (asyncio.IncompleteReadError, ConnectionError) as e:
         raise VmError("the guest's ready notice broke off") from e
-    except DecodeError as e:
-        raise VmError(f"the guest's ready notice cannot be decoded: {e}") from e
+    except FrameError as e:
+        raise VmError(f"the guest's ready notice: {e}") from e
 
 
 class HybridVsock:
