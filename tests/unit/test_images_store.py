@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -353,6 +354,15 @@ async def test_a_bomb_is_stopped(tmp_path: Path, store: ImageStore) -> None:
     with pytest.raises(ImageError, match="grows beyond"):
         await store.load(write_tar(tmp_path / "t", members))
     assert left(tmp_path) == (0, [])
+
+
+async def test_a_refused_layer_leaves_no_thread(tmp_path: Path, store: ImageStore) -> None:
+    refused = tar_of(Member("../x"), Member("large", bytes(20 << 20)))
+    with pytest.raises(ImageError, match="in a path") as caught:
+        await store.load(write_layout(tmp_path / "l", [("app:1", [refused])]))
+    # The error still holds the frames that it came through.
+    assert caught.value.__traceback__ is not None
+    assert [thread for thread in threading.enumerate() if thread.name == "image-layer"] == []
 
 
 async def test_a_cancelled_load_leaves_nothing(tmp_path: Path, store: ImageStore) -> None:

@@ -6,6 +6,7 @@ name in it makes us open anything else. A tar inside gzip is unpacked into the c
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 import stat
 import tarfile
@@ -127,8 +128,9 @@ def _plain_tar(path: Path, directory: Path) -> Path:
         case Compression.GZIP:
             target = directory / "archive.tar"
             try:
-                with target.open("xb") as out:
-                    for chunk in LayerStream(blob, Compression.GZIP, threading.Event()):
+                stream = iter(LayerStream(blob, Compression.GZIP, threading.Event()))
+                with target.open("xb") as out, contextlib.closing(stream) as chunks:
+                    for chunk in chunks:
                         out.write(chunk)
             except OSError as e:
                 raise disk_error(e, str(path)) from e

@@ -16,7 +16,7 @@ import os
 import queue
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +139,8 @@ class LayerStream:
         """Digest of the uncompressed tar; valid after the last chunk."""
         return f"sha256:{self._diff_hash.hexdigest()}"
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Generator[bytes, None, None]:
+        """Close the generator when leaving early: only that ends the thread and frees what it has open."""
         producer = threading.Thread(target=self._produce, name="image-layer", daemon=True)
         producer.start()
         try:
@@ -156,81 +157,86 @@ class LayerStream:
 
     def _produce(self) -> None:
         try:
-            source = {
-                Compression.NONE: self._plain,
-                Compression.GZIP: self._gunzip,
-                Compression.ZSTD: self._pipe,
-            }[self._compression]()
-            bound = RATIO_LIMIT * self._blob.size + RATIO_FREE_BYTES
-            for chunk in source:
-                self._produced += len(chunk)
-                if self._produced > bound:
-                    raise ImageError(f"the layer grows beyond {RATIO_LIMIT} times its size", phase="decompress")
-                if self._compression is not Compression.NONE:
-                    self._diff_hash.update(chunk)
-                self._put(chunk)
-            if self._compression is Compression.NONE:
-                self._diff_hash = self._blob_hash
-            self._put(None)
+            fd = self._blob.open()
+            try:
+                self._feed(fd)
+            finally:
+                os.close(fd)
         except Exception as e:  # handed to the consuming thread, which raises it
             self._put(e)
 
-    def _put(self, item: bytes | Exception | None) -> None:
+    def _feed(self, fd: int) -> None:
+        raw = self._raw(fd)
+        match self._compression:
+            case Compression.NONE:
+                source = raw
+            case Compression.GZIP:
+                source = _gunzip(raw)
+            case Compression.ZSTD:
+                source = self._pipe(raw)
+        bound = RATIO_LIMIT * self._blob.size + RATIO_FREE_BYTES
+        for chunk in source:
+            self._produced += len(chunk)
+            if self._produced > bound:
+                raise ImageError(f"the layer grows beyond {RATIO_LIMIT} times its size", phase="decompress")
+            if self._compression is not Compression.NONE:
+                self._diff_hash.update(chunk)
+            if not self._put(chunk):
+                return
+        if self._compression is Compression.NONE:
+            self._diff_hash = self._blob_hash
+        self._put(None)
+
+    def _put(self, item: bytes | Exception | None) -> bool:
+        """Hand something over; False when nobody is there to take it any more."""
         while not self._abandoned.is_set():
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=0.05)
-                return
+                return True
+        return False
 
-    def _raw(self) -> Iterator[bytes]:
-        fd = self._blob.open()
-        try:
-            at, end = self._blob.offset, self._blob.offset + self._blob.size
-            while at < end:
-                if self._stop.is_set() or self._abandoned.is_set():
-                    raise Stopped
-                chunk = os.pread(fd, min(CHUNK_BYTES, end - at), at)
-                if not chunk:
-                    _short(self._blob.path)
-                at += len(chunk)
-                self._blob_hash.update(chunk)
-                if self._progress is not None:
-                    self._progress(len(chunk))
-                yield chunk
-        finally:
-            os.close(fd)
+    def _raw(self, fd: int) -> Iterator[bytes]:
+        at, end = self._blob.offset, self._blob.offset + self._blob.size
+        while at < end:
+            if self._stop.is_set():
+                raise Stopped
+            chunk = os.pread(fd, min(CHUNK_BYTES, end - at), at)
+            if not chunk:
+                _short(self._blob.path)
+            at += len(chunk)
+            self._blob_hash.update(chunk)
+            if self._progress is not None:
+                self._progress(len(chunk))
+            yield chunk
 
-    def _plain(self) -> Iterator[bytes]:
-        return self._raw()
+    def _pipe(self, raw: Iterator[bytes]) -> Iterator[bytes]:
+        while chunk := os.read(self._tar_fd, CHUNK_BYTES):
+            if self._stop.is_set():
+                raise Stopped
+            yield chunk
+        for _ in raw:
+            pass
 
-    def _gunzip(self) -> Iterator[bytes]:
-        member = zlib.decompressobj(wbits=31)
-        fresh = True
-        for raw in self._raw():
-            data = raw
+
+def _gunzip(raw: Iterator[bytes]) -> Iterator[bytes]:
+    """Decompress a chain of gzip members (RFC 1952, 2.2)."""
+    member = zlib.decompressobj(wbits=31)
+    try:
+        for data in raw:
             while data:
                 if member.eof:
-                    member, fresh = zlib.decompressobj(wbits=31), True
-                try:
-                    out = member.decompress(data, CHUNK_BYTES)
-                except zlib.error as e:
-                    raise ImageError(f"broken gzip data: {e}", phase="decompress") from e
-                fresh = False
+                    member = zlib.decompressobj(wbits=31)
+                out = member.decompress(data, CHUNK_BYTES)
                 data = member.unused_data if member.eof else member.unconsumed_tail
                 if out:
                     yield out
         # What zlib still holds back when its input ended exactly at a chunk's limit.
         while not member.eof and (out := member.decompress(b"", CHUNK_BYTES)):
             yield out
-        if not member.eof or fresh:
-            raise ImageError("the gzip data is cut short", phase="decompress")
-
-    def _pipe(self) -> Iterator[bytes]:
-        while chunk := os.read(self._tar_fd, CHUNK_BYTES):
-            if self._stop.is_set() or self._abandoned.is_set():
-                raise Stopped
-            yield chunk
-        for _ in self._raw():
-            pass
+    except zlib.error as e:
+        raise ImageError(f"broken gzip data: {e}", phase="decompress") from e
+    if not member.eof:
+        raise ImageError("the gzip data is cut short", phase="decompress")
 
 
 async def convert(
@@ -316,7 +322,8 @@ def _write(stream: LayerStream, target: Path, name: str) -> ConvertedBlob:
     except OSError as e:
         raise layer.disk_error(e, name) from e
     try:
-        converted = layer.write(stream, fd, name=name)
+        with contextlib.closing(iter(stream)) as chunks:
+            converted = layer.write(chunks, fd, name=name)
         os.fchmod(fd, 0o444)
         return ConvertedBlob(stream.blob_digest, stream.diff_id, converted.size_bytes, converted.opaque_root)
     except BaseException:
