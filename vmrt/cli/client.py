@@ -1,16 +1,21 @@
 """The command line's end of the daemon's socket: typed stubs, one place where gRPC's errors become ours.
 
 A call that is interrupted (Ctrl-C, SIGTERM) is cancelled before the interruption goes on, so that the daemon rolls back
-what it was doing. Whether a daemon is there at all is asked of the socket itself first: connect(2) says exactly why not
-(absent, nobody listening, not allowed), gRPC only that it is unavailable.
+what it was doing. The main thread never waits inside grpc, where an exception out of a signal handler could leave a
+lock held: it waits for an event or a queue of ours, and calls `checkpoint` meanwhile.
+
+Whether a daemon is there at all is asked of the socket itself first: connect(2) says exactly why not (absent, nobody
+listening, not allowed), gRPC only that it is unavailable.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import socket
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +33,8 @@ Response = TypeVar("Response")
 
 # Kubelet's limit (cri-client), and what the daemon keeps its replies under.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+# How long a signal may go unnoticed.
+CHECKPOINT_INTERVAL_S = 0.1
 
 
 class DaemonError(VmrtError):
@@ -86,9 +93,14 @@ def check_listening(path: Path) -> None:
 
 
 class Daemon:
-    """A connection to the daemon. Use as a context manager; every call raises `VmrtError` only."""
+    """A connection to the daemon. Use as a context manager.
 
-    def __init__(self, options: Options) -> None:
+    Every call raises `VmrtError`, or what `checkpoint` raises: that is called before and, ten times a second, during
+    each call, which is cancelled when it raises.
+    """
+
+    def __init__(self, options: Options, checkpoint: Callable[[], None] = lambda: None) -> None:
+        self._checkpoint = checkpoint
         self.path = socket_path(options.socket)
         self.timeout_s = options.timeout_s
         check_listening(self.path)
@@ -125,14 +137,8 @@ class Daemon:
         timeout_s: float | None = -1,
     ) -> Response:
         """Make one call. `timeout_s` -1 takes --timeout, None waits for ever. Raises `DaemonError`."""
-        future = method.future(request, timeout=self.timeout_s if timeout_s == -1 else timeout_s)
-        try:
-            return future.result()
-        except self._grpc.RpcError as e:
-            raise self._translated(e) from e
-        except BaseException:
-            future.cancel()
-            raise
+        limit = self.timeout_s if timeout_s == -1 else timeout_s
+        return self.call_all(method, [request], timeout_s=limit)[0]
 
     def call_all(
         self,
@@ -142,25 +148,55 @@ class Daemon:
         timeout_s: float | None,
     ) -> list[Response]:
         """Make the same call several times side by side; raise the first error once all have ended."""
+        self._checkpoint()
         futures = [method.future(request, timeout=timeout_s) for request in requests]
         try:
-            errors = [future.exception() for future in futures]
+            for future in futures:
+                self._wait(future)
         except BaseException:
             for future in futures:
                 future.cancel()
             raise
-        for error in errors:
+        for future in futures:
+            error = future.exception()
             if isinstance(error, self._grpc.RpcError):
                 raise self._translated(error) from error
         return [future.result() for future in futures]
 
+    def _wait(self, future: grpc.Future[Response]) -> None:
+        done = threading.Event()
+        future.add_done_callback(lambda _: done.set())
+        while not done.wait(CHECKPOINT_INTERVAL_S):
+            self._checkpoint()
+
     def stream(self, method: grpc.UnaryStreamMultiCallable[Request, Response], request: Request) -> Iterator[Response]:
         """Yield what a streaming call sends, without a time limit; leaving the loop cancels it."""
         answers = method(request)
+        arrived: queue.SimpleQueue[Response | BaseException | None] = queue.SimpleQueue()
+
+        def receive() -> None:
+            try:
+                for answer in answers:
+                    arrived.put(answer)
+                arrived.put(None)
+            except BaseException as e:
+                arrived.put(e)
+
+        threading.Thread(target=receive, daemon=True).start()
         try:
-            yield from answers
-        except self._grpc.RpcError as e:
-            raise self._translated(e) from e
+            while True:
+                self._checkpoint()
+                try:
+                    answer = arrived.get(timeout=CHECKPOINT_INTERVAL_S)
+                except queue.Empty:
+                    continue
+                if answer is None:
+                    return
+                if isinstance(answer, self._grpc.RpcError):
+                    raise self._translated(answer) from answer
+                if isinstance(answer, BaseException):
+                    raise answer
+                yield answer
         finally:
             answers.cancel()
 

@@ -44,7 +44,10 @@ def image_name(spec: api_pb2.ImageSpec) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def ps(options: Options, everything: bool, quiet: bool, pod: str, as_json: bool) -> None:
-    """List running containers, newest first."""
+    """List running containers, newest first.
+
+    ATTEMPT counts how often kubelet has started the container anew. IMAGE is the name that was asked for.
+    """
     from vmrt.cli.client import Daemon, containers_of, pods_of
     from vmrt.cli.lookup import find_pod
     from vmrt.proto.runtime.v1 import api_pb2

@@ -57,7 +57,7 @@ READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysr
 
 
 class Interrupted(BaseException):
-    """A signal asked vmrt to end; raised in the main thread wherever it is."""
+    """A signal asked vmrt to end."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -65,9 +65,13 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP become `Interrupted`, until `hold`: from then on they are only remarked upon."""
+    """Remembers SIGINT, SIGTERM and SIGHUP until the next `check`, which raises; until `hold` at least.
+
+    Nothing is raised by the handler itself: it may run anywhere, in the middle of an undo as well as of a library.
+    """
 
     def __init__(self) -> None:
+        self._pending = 0
         self._held = False
         self._before: dict[int, Any] = {}
 
@@ -80,14 +84,18 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def check(self) -> None:
+        """Raise `Interrupted` for a signal that has come since the last time; never after `hold`."""
+        if self._pending and not self._held:
+            signum, self._pending = self._pending, 0
+            raise Interrupted(signum)
+
     def hold(self) -> None:
         """Let no signal end what comes now: it is the cleaning up."""
         self._held = True
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if not self._held:
-            raise Interrupted(signum)
-        click.echo("vmrt: cleaning up, one moment", err=True)
+        self._pending = signum
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +289,7 @@ def run(
     from vmrt.cli.client import Daemon
 
     try:
-        with own_failure(), Signals() as signals, Daemon(options) as daemon:
+        with own_failure(), Signals() as signals, Daemon(options, signals.check) as daemon:
             status = _run(daemon, wish, uid, signals)
     except Interrupted as e:
         status = 128 + e.signum
