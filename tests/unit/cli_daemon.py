@@ -81,7 +81,7 @@ class FakeDaemon:
         name: str,
         *,
         attempt: int = 0,
-        state: State = RUNNING,
+        state: api_pb2.ContainerState.ValueType = RUNNING,
         log: Path | None = None,
     ) -> api_pb2.ContainerStatus:
         """Put a container there; running unless `state` says otherwise."""
