@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmrt import spawn
-from vmrt.errors import DeadlineError, ProcessError
+from vmrt.errors import DeadlineError, ProcessError, VmError
 from vmrt.hypervisor.domain import QBOOT
+
+log = logging.getLogger(__name__)
 
 KVM_DEVICE = Path("/dev/kvm")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -158,6 +161,41 @@ def _exists(path: Path) -> bool:
 def _version(path: Path) -> str:
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns}"
+
+
+class Accelerator:
+    """What this daemon's VMs run on. `setting` is hypervisor.accelerator: "auto", "kvm" or "tcg"."""
+
+    def __init__(self, setting: str, probe: KvmProbe) -> None:
+        self._setting = setting
+        self._probe = probe
+        self.name = "tcg"
+
+    async def choose(self) -> None:
+        """Decide; `VmError` where KVM is asked for and does not work."""
+        if self._setting != "tcg":
+            self.name = "kvm"
+            self._heed(await self._probe.firmware())
+
+    async def prove(self, kernel: Path) -> None:
+        """Let a kernel that will be booted under KVM show that it boots; emulation from here on when it does not."""
+        if self.name == "kvm":
+            self._heed(await self._probe.kernel(kernel))
+
+    def _heed(self, verdict: Verdict) -> None:
+        if verdict.usable:
+            return
+        if self._setting == "kvm":
+            raise VmError(
+                f"KVM does not work: {verdict.reason}",
+                phase="kvm probe",
+                hint='set hypervisor.accelerator = "auto" to allow software emulation',
+            )
+        self.name = "tcg"
+        log.warning(
+            "no usable KVM (%s): VMs run under software emulation, many times slower; `vmrt doctor` tells more",
+            verdict.reason,
+        )
 
 
 def _read_answers(cache: Path, ground: str) -> dict[str, Verdict]:

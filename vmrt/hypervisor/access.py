@@ -1,30 +1,61 @@
-"""May QEMU's unprivileged user read a file? Asked before the boot, since QEMU only says "Permission denied"."""
+"""QEMU's unprivileged user, and whether it may read a file: QEMU itself would only say "Permission denied"."""
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import stat
-from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
-from vmrt.errors import VmError
+from vmrt.errors import ConfigError, VmError
 
 
-def permits(status: os.stat_result, uid: int, groups: Collection[int], need: int) -> bool:
+@dataclass(frozen=True, slots=True)
+class QemuUser:
+    """As whom QEMU and its helpers run; `groups` are all groups that the user is in."""
+
+    uid: int
+    gid: int
+    groups: frozenset[int]
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """What chown(2) takes."""
+        return self.uid, self.gid
+
+    @classmethod
+    def lookup(cls, user: str, group: str) -> QemuUser:
+        """Find the user and the group; `ConfigError` says how to make them."""
+        try:
+            uid, gid = pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid
+        except KeyError as e:
+            raise ConfigError(
+                f"hypervisor.qemu_user or qemu_group: {e.args[0]}",
+                hint=f"`useradd --system --no-create-home --shell /usr/sbin/nologin {user}` makes them",
+            ) from e
+        return cls(uid, gid, frozenset((gid, *os.getgrouplist(user, gid))))
+
+
+ROOT_USER = QemuUser(0, 0, frozenset((0,)))
+
+
+def permits(status: os.stat_result, user: QemuUser, need: int) -> bool:
     """Say whether the mode bits grant `need` (of R_OK, W_OK, X_OK) to this user (path_resolution(7); ACLs aside)."""
-    if uid == 0:
+    if user.uid == 0:
         return True
     mode = stat.S_IMODE(status.st_mode)
-    if status.st_uid == uid:
+    if status.st_uid == user.uid:
         granted = mode >> 6
-    elif status.st_gid in groups:
+    elif status.st_gid in user.groups:
         granted = mode >> 3
     else:
         granted = mode
     return granted & need == need
 
 
-def require_readable(path: Path, uid: int, groups: Collection[int], *, resource: str, readonly: bool = True) -> None:
+def require_readable(path: Path, user: QemuUser, *, resource: str, readonly: bool = True) -> None:
     """Raise `VmError` naming the file or directory that is absent or in the way, and what would mend it.
 
     A file that is not `readonly` is given to the user later: only the way to it is looked at.
@@ -32,14 +63,14 @@ def require_readable(path: Path, uid: int, groups: Collection[int], *, resource:
     real = Path(os.path.realpath(path))
     try:
         for directory in reversed(real.parents):
-            if not permits(directory.stat(), uid, groups, os.X_OK) and not _has_acl(directory):
+            if not permits(directory.stat(), user, os.X_OK) and not _has_acl(directory):
                 raise VmError(
                     f"QEMU's user may not pass through {directory} on the way to {path}",
                     phase="boot",
                     resource=resource,
                     hint=f"chmod o+x {directory}, or choose another root",
                 )
-        if not permits(real.stat(), uid, groups, os.R_OK) and readonly and not _has_acl(real):
+        if not permits(real.stat(), user, os.R_OK) and readonly and not _has_acl(real):
             raise VmError(f"QEMU's user may not read {path}", phase="boot", resource=resource, hint=f"chmod o+r {path}")
     except FileNotFoundError as e:
         raise VmError(f"{path} does not exist", phase="boot", resource=resource) from e

@@ -27,6 +27,10 @@ def printable(octets: bytes) -> str:
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", octets.decode(errors="replace").replace("\r\n", "\n"))
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 class ConsoleRing:
     """The last `limit_bytes` of a console, mirrored into two files that together hold at most twice that."""
 
@@ -57,7 +61,8 @@ class ConsoleRing:
             if self._file_bytes + len(octets) > self._limit:
                 self._path.replace(self._older)
                 self._file_bytes = 0
-            with self._path.open("ab") as file:
+            # What a guest prints is for root only.
+            with open(self._path, "ab", opener=_private) as file:
                 file.write(octets)
             self._file_bytes += len(octets)
 

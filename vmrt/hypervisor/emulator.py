@@ -13,11 +13,10 @@ from __future__ import annotations
 import os
 import shlex
 import stat
-from collections.abc import Collection
 from pathlib import Path
 
 from vmrt.hypervisor.accel import KVM_DEVICE
-from vmrt.hypervisor.access import permits
+from vmrt.hypervisor.access import QemuUser, permits
 
 
 def wrapper_script(emulator: Path) -> str:
@@ -26,18 +25,18 @@ def wrapper_script(emulator: Path) -> str:
     return f'#!/bin/sh\nexec setpriv --ambient-caps=-all --inh-caps=-all -- {program} "$@"\n'
 
 
-def needs_wrapper(status: os.stat_result | None, uid: int, groups: Collection[int]) -> bool:
+def needs_wrapper(status: os.stat_result | None, user: QemuUser) -> bool:
     """Say whether `/dev/kvm` (None: absent) is there, but not for this user."""
-    return status is not None and not permits(status, uid, groups, os.R_OK | os.W_OK)
+    return status is not None and not permits(status, user, os.R_OK | os.W_OK)
 
 
-def for_libvirt(emulator: Path, directory: Path, uid: int, groups: Collection[int]) -> Path:
+def for_libvirt(emulator: Path, directory: Path, user: QemuUser) -> Path:
     """Return `emulator`, or a wrapper of it in `directory` where this host needs one."""
     try:
         status = KVM_DEVICE.stat()
     except OSError:
         status = None
-    if not needs_wrapper(status, uid, groups):
+    if not needs_wrapper(status, user):
         return emulator
     wrapper = directory / emulator.name
     text = wrapper_script(emulator)

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import grp
 import logging
 import os
-import pwd
 import shutil
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
@@ -21,14 +18,14 @@ from pathlib import Path
 from vmrt import spawn
 from vmrt.agent.layout import PROTOCOL_VERSION
 from vmrt.config import HypervisorConfig
-from vmrt.errors import AlreadyExistsError, ConfigError, VmError, VmGoneError, VmrtError
-from vmrt.hypervisor import domain, emulator, oom, vhost_vsock, virtiofsd
-from vmrt.hypervisor.accel import KvmProbe, Verdict
-from vmrt.hypervisor.access import require_readable
+from vmrt.errors import AlreadyExistsError, VmError, VmGoneError, VmrtError
+from vmrt.hypervisor import domain, emulator, vhost_vsock, virtiofsd
+from vmrt.hypervisor.accel import Accelerator, KvmProbe
+from vmrt.hypervisor.access import ROOT_USER, QemuUser, require_readable
 from vmrt.hypervisor.console import Console, ConsoleRing
-from vmrt.hypervisor.libvirt_host import LibvirtHost, StopCause
+from vmrt.hypervisor.libvirt_host import DomainChange, LibvirtHost
 from vmrt.hypervisor.record import Helper, VmPaths, VmRecord, paths_of, read, write
-from vmrt.hypervisor.vm import ProcessWatch, Vm, VmState, wait_gone
+from vmrt.hypervisor.vm import Vm, VmState, wait_gone
 from vmrt.hypervisor.vsock import KERNEL_DEVICE, Connection, HybridVsock, KernelVsock, KernelVsockListener, Vsock
 from vmrt.model import Disk, VmEvent, VmEventKind, VmSpec
 from vmrt.spawn import ProcessId
@@ -38,27 +35,23 @@ log = logging.getLogger(__name__)
 _KILL_TIMEOUT_S = 10.0
 _LET_GO_TIMEOUT_S = 10.0
 _CONSOLE_DRAIN_S = 1.0
+_END_TOLD_S = 1.0
 _CONSOLE_IN_ERRORS_BYTES = 4096
-_NO_KVM = "no usable KVM (%s): VMs run under software emulation (TCG), many times slower; `vmrt doctor` tells more"
 
 
 class LibvirtHypervisor:
     """Runs VMs through libvirt. `instance` tells this daemon's domains from those of others on one libvirtd."""
 
-    def __init__(
-        self, config: HypervisorConfig, root: Path, instance: str, *, probe_kernel: Path | None = None
-    ) -> None:
+    def __init__(self, config: HypervisorConfig, root: Path, instance: str) -> None:
         self._config = config
         self._instance = instance
-        self._probe_kernel = probe_kernel
         self._vms_directory = root / "vms"
         self._root = root
         self._host = LibvirtHost(config.uri, root, user=config.qemu_user, group=config.qemu_group)
-        self._owner = (-1, -1)
-        self._groups: frozenset[int] = frozenset()
-        self._accelerator = "tcg"
+        self._user = ROOT_USER
         self._emulator = config.qemu_binary
-        self._probe = KvmProbe(config.qemu_binary, config.qemu_user, config.qemu_group, root / "kvm.json")
+        probe = KvmProbe(config.qemu_binary, config.qemu_user, config.qemu_group, root / "kvm.json")
+        self._accelerator = Accelerator(config.accelerator, probe)
         self._listener: KernelVsockListener | None = None
         self._vms: dict[str, Vm] = {}
         self._events: asyncio.Queue[VmEvent] = asyncio.Queue()
@@ -70,19 +63,17 @@ class LibvirtHypervisor:
 
     async def open(self) -> None:
         """Connect, learn the accelerator and vsock transport, adopt the VMs that run under our root."""
-        self._owner, self._groups = _identity_of(self._config.qemu_user, self._config.qemu_group)
+        self._user = QemuUser.lookup(self._config.qemu_user, self._config.qemu_group)
         _make_directory(self._root, 0o711)
         _make_directory(self._vms_directory, 0o711)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self.close)
-            await self._choose_accelerator()
+            await self._accelerator.choose()
             if self._config.vsock == "kernel" or (self._config.vsock == "auto" and os.access(KERNEL_DEVICE, os.W_OK)):
                 self._listener = KernelVsockListener()
                 self._listener.open()
-            self._emulator = emulator.for_libvirt(
-                self._config.qemu_binary, self._root / "libvirt", self._owner[0], self._groups
-            )
-            await self._host.open(self._on_stopped, self._emulator)
+            self._emulator = emulator.for_libvirt(self._config.qemu_binary, self._root / "libvirt", self._user)
+            await self._host.open(self._on_change, self._emulator)
             await self._adopt()
             undo.pop_all()
 
@@ -103,30 +94,7 @@ class LibvirtHypervisor:
     @property
     def accelerator(self) -> str:
         """Return "kvm" or "tcg"."""
-        return self._accelerator
-
-    async def _choose_accelerator(self) -> None:
-        if self._config.accelerator == "tcg":
-            self._accelerator = "tcg"
-            return
-        verdict = await self._probe.firmware()
-        if verdict.usable and self._probe_kernel is not None:
-            verdict = await self._probe.kernel(self._probe_kernel)
-        self._accelerator = "kvm"
-        self._heed(verdict)
-
-    def _heed(self, verdict: Verdict) -> None:
-        """Fall back to emulation, with a warning, where KVM turned out not to work."""
-        if verdict.usable:
-            return
-        if self._config.accelerator == "kvm":
-            raise VmError(
-                f"KVM does not work: {verdict.reason}",
-                phase="kvm probe",
-                hint='set hypervisor.accelerator = "auto" to allow software emulation',
-            )
-        self._accelerator = "tcg"
-        log.warning(_NO_KVM, verdict.reason)
+        return self._accelerator.name
 
     # --- boot and destroy -------------------------------------------------------------------------------------------
 
@@ -140,9 +108,9 @@ class LibvirtHypervisor:
         paths = paths_of(self._vms_directory, spec.vm_id)
         for path in (spec.guest.kernel, spec.guest.initramfs, spec.guest.rootfs):
             if path is not None:
-                self._require_readable(path, resource)
+                require_readable(path, self._user, resource=resource)
         for disk in spec.disks:
-            self._require_readable(disk.path, resource, readonly=disk.readonly)
+            require_readable(disk.path, self._user, resource=resource, readonly=disk.readonly)
         vm = self._new_vm(VmRecord(spec.vm_id, "kernel" if self._listener else "vhost-user"), paths)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self._tear_down, vm)
@@ -178,25 +146,23 @@ class LibvirtHypervisor:
 
     async def _start(self, vm: Vm, spec: VmSpec) -> None:
         """Make the VM's directory, helpers and domain; the caller undoes."""
-        if self._accelerator == "kvm" and self._probe_kernel != spec.guest.kernel:
-            self._heed(await self._probe.kernel(spec.guest.kernel))
-            self._probe_kernel = spec.guest.kernel
+        await self._accelerator.prove(spec.guest.kernel)
         self._prepare_files(vm, spec)
-        await vm.console.listen(self._owner)
+        await vm.console.listen(self._user.owner)
         await vm.vsock.listen()
         share_socket = None
         if spec.share_dir is not None:
             binary = virtiofsd.find(self._config.virtiofsd)
-            process = await virtiofsd.start(binary, spec.share_dir, vm.paths.virtiofs, self._owner)
+            process = await virtiofsd.start(binary, spec.share_dir, vm.paths.virtiofs, self._user.owner)
             vm.note_helper(Helper.VIRTIOFSD, process)
             share_socket = vm.paths.virtiofs
         if vm.vsock.device.vhost_user_socket is not None:
-            process = vhost_vsock.start(self._config.vhost_device_vsock, vm.paths, self._owner)
+            process = vhost_vsock.start(self._config.vhost_device_vsock, vm.paths, self._user.owner)
             vm.note_helper(Helper.VHOST_VSOCK, process)
             await vhost_vsock.wait_listening(process, self._config.vhost_device_vsock, vm.paths)
         wiring = domain.Wiring(
             instance=self._instance,
-            accelerator=self._accelerator,
+            accelerator=self._accelerator.name,
             emulator=self._emulator,
             console_socket=vm.paths.console_socket,
             vsock=vm.vsock.device,
@@ -206,7 +172,7 @@ class LibvirtHypervisor:
         vm.disks = domain.units_of(spec)
         self._take_qemu(vm)
         vm.vsock.started(domain.cid_in(live))
-        self._watch_helpers(vm)
+        vm.watch(self._on_end)
 
     async def _wait_ready(self, vm: Vm) -> None:
         """Wait for the notice or for the VM's end, whichever is first."""
@@ -261,8 +227,10 @@ class LibvirtHypervisor:
             self._lingering[vm.domain] = vm
             self._to_the_end(self._let_go(vm))
         vm.kill_processes()
-        if qemu is not None and not await wait_gone(qemu, _KILL_TIMEOUT_S):
-            log.error("vm %s: QEMU (pid %d) survives SIGKILL for %g s", vm.vm_id, qemu.pid, _KILL_TIMEOUT_S)
+        for process in (qemu, *vm.record.helpers.values()):
+            # Also reaps the helpers, which are our children unless an earlier daemon started them.
+            if process is not None and not await wait_gone(process, _KILL_TIMEOUT_S):
+                log.error("vm %s: process %d survives SIGKILL for %g s", vm.vm_id, process.pid, _KILL_TIMEOUT_S)
         if qemu is None:
             # No process that we know of: whatever libvirt has by this name goes its way.
             await self._host.destroy(vm.domain)
@@ -309,18 +277,18 @@ class LibvirtHypervisor:
             async with asyncio.timeout(timeout_s):
                 return await vm.vsock.dial(port)
         except TimeoutError as e:
-            self._running(vm_id, "dial")
+            await self._check_alive(vm, "dial")
             raise VmError(
                 f"vsock port {port} did not answer within {timeout_s:g} s", phase="dial", resource=f"vm {vm_id}"
             ) from e
         except VmError as e:
-            self._running(vm_id, "dial")
+            await self._check_alive(vm, "dial")
             raise VmError(e.message, phase="dial", resource=f"vm {vm_id}") from e
 
     async def attach_disk(self, vm_id: str, disk: Disk) -> None:
         """Hot-plug a disk; one that is attached already (same serial) is no error."""
         vm = self._running(vm_id, "attach disk")
-        self._require_readable(disk.path, f"vm {vm_id}", readonly=disk.readonly)
+        require_readable(disk.path, self._user, resource=f"vm {vm_id}", readonly=disk.readonly)
         async with vm.disks_lock:
             if disk.serial in vm.disks:
                 return
@@ -329,7 +297,7 @@ class LibvirtHypervisor:
             try:
                 await self._host.attach(vm.domain, domain.disk_xml(disk, unit))
             except VmrtError:
-                self._running(vm_id, "attach disk")
+                await self._check_alive(vm, "attach disk")
                 raise
             except asyncio.CancelledError:
                 # The call itself went through (LibvirtHost.call): take the disk out again.
@@ -350,7 +318,7 @@ class LibvirtHypervisor:
                 # libvirt itself waits some seconds for QEMU's word, then returns all the same.
                 still_there = serial in domain.disks_in(await self._host.live_xml(vm.domain))
             except VmrtError:
-                self._running(vm_id, "detach disk")
+                await self._check_alive(vm, "detach disk")
                 raise
             if still_there:
                 raise VmError(f"the guest did not let go of disk {serial}", phase="detach disk", resource=f"vm {vm_id}")
@@ -374,24 +342,21 @@ class LibvirtHypervisor:
 
     # --- ends -------------------------------------------------------------------------------------------------------
 
-    def _on_stopped(self, name: str, cause: StopCause) -> None:
+    def _on_change(self, name: str, change: DomainChange) -> None:
         """Hear of a domain's end from libvirt."""
         if (dying := self._lingering.get(name)) is not None:
-            dying.stopped.set()
+            if change is not DomainChange.SHUTTING_DOWN:
+                dying.stopped.set()
             return
         for vm in self._vms.values():
-            if vm.domain == name:
-                vm.stopped.set()
-                self._on_end(vm, *self._verdict(vm, cause))
-
-    def _verdict(self, vm: Vm, cause: StopCause) -> tuple[VmEventKind, str]:
-        if cause is StopCause.SHUTDOWN:
-            return VmEventKind.STOPPED, "the guest shut down, rebooted or panicked"
-        if cause is StopCause.DESTROYED:
-            return VmEventKind.STOPPED, "destroyed from outside"
-        if vm.record.qemu is not None and oom.killed(vm.record.qemu):
-            return VmEventKind.OOM_KILLED, "the host killed QEMU for memory"
-        return VmEventKind.CRASHED, "QEMU was killed or failed"
+            if vm.domain != name:
+                continue
+            if change is DomainChange.SHUTTING_DOWN:
+                vm.shutting_down = True
+                continue
+            vm.shutting_down |= change is not DomainChange.FAILED
+            vm.stopped.set()
+            self._on_end(vm, *vm.verdict())
 
     def _on_end(self, vm: Vm, kind: VmEventKind, detail: str) -> None:
         """Keep and tell a VM's end; its processes go at once, its console stays until destroy."""
@@ -401,17 +366,7 @@ class LibvirtHypervisor:
         vm.kill_processes()
         if vm.state is VmState.RUNNING:
             vm.move(VmState.ENDED)
-            assert vm.end is not None
-            self._events.put_nowait(vm.end)
-
-    def _watch_helpers(self, vm: Vm) -> None:
-        """End the VM when a helper dies: without its vsock device or file share it is of no use."""
-        for helper, process in vm.record.helpers.items():
-            vm.watches.append(ProcessWatch(process, functools.partial(self._helper_ended, vm, helper, process)))
-
-    def _helper_ended(self, vm: Vm, helper: Helper, process: ProcessId) -> None:
-        kind = VmEventKind.OOM_KILLED if oom.killed(process) else VmEventKind.CRASHED
-        self._on_end(vm, kind, f"{helper.value} (pid {process.pid}) ended")
+            self._events.put_nowait(VmEvent(vm.vm_id, kind, detail))
 
     # --- adoption ---------------------------------------------------------------------------------------------------
 
@@ -448,9 +403,9 @@ class LibvirtHypervisor:
         live = await self._host.live_xml(vm.domain)
         vm.disks = domain.disks_in(live)
         vm.vsock.started(domain.cid_in(live))
-        await vm.console.listen(self._owner)
+        await vm.console.listen(self._user.owner)
         vm.move(VmState.RUNNING)
-        self._watch_helpers(vm)
+        vm.watch(self._on_end)
         return True
 
     # --- small things -----------------------------------------------------------------------------------------------
@@ -462,7 +417,7 @@ class LibvirtHypervisor:
         if record.vsock == "kernel" and self._listener is not None:
             vsock = KernelVsock(self._listener)
         else:
-            vsock = HybridVsock(paths.vsock, paths.ready, paths.vhost_vsock, self._owner)
+            vsock = HybridVsock(paths.vsock, paths.ready, paths.vhost_vsock, self._user.owner)
         name = domain.domain_name(self._instance, record.vm_id)
         return Vm(record, paths, Console(paths.console_socket, ring), vsock, name)
 
@@ -471,17 +426,14 @@ class LibvirtHypervisor:
         vm.paths.directory.mkdir(mode=0o711)
         vm.paths.directory.chmod(0o711)
         vm.paths.sockets.mkdir(mode=0o700)
-        os.chown(vm.paths.sockets, *self._owner)
+        os.chown(vm.paths.sockets, *self._user.owner)
         write(vm.paths, vm.record)
         for disk in spec.disks:
             self._own_if_writable(disk)
 
-    def _require_readable(self, path: Path, resource: str, *, readonly: bool = True) -> None:
-        require_readable(path, self._owner[0], self._groups, resource=resource, readonly=readonly)
-
     def _own_if_writable(self, disk: Disk) -> None:
         if not disk.readonly:
-            os.chown(disk.path, *self._owner)
+            os.chown(disk.path, *self._user.owner)
 
     def _take_qemu(self, vm: Vm) -> None:
         """Learn QEMU's identity from libvirt's pid file and record it."""
@@ -499,24 +451,20 @@ class LibvirtHypervisor:
             raise VmGoneError(f"the VM does not run: {detail}", phase=phase, resource=f"vm {vm_id}")
         return vm
 
+    async def _check_alive(self, vm: Vm, phase: str) -> None:
+        """After a failure: raise `VmGoneError` when its cause is the VM's end, which may be told a moment later."""
+        if not vm.processes_alive():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_END_TOLD_S):
+                    await vm.ended.wait()
+        self._running(vm.vm_id, phase)
+
     def _to_the_end(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Run what no caller's cancellation may stop; `close` waits for it."""
         task = asyncio.create_task(work)
         self._teardowns.add(task)
         task.add_done_callback(self._teardowns.discard)
         return task
-
-
-def _identity_of(user: str, group: str) -> tuple[tuple[int, int], frozenset[int]]:
-    """Return ((uid, gid), all groups) of QEMU's user."""
-    try:
-        uid, gid = pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid
-    except KeyError as e:
-        raise ConfigError(
-            f"hypervisor.qemu_user or qemu_group: {e.args[0]}",
-            hint=f"`useradd --system --no-create-home --shell /usr/sbin/nologin {user}` makes them",
-        ) from e
-    return (uid, gid), frozenset((gid, *os.getgrouplist(user, gid)))
 
 
 def _make_directory(path: Path, mode: int) -> None:

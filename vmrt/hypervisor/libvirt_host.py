@@ -34,21 +34,22 @@ _THREADS = 8
 _GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 
 
-class StopCause(enum.Enum):
-    """Why a domain ended, as far as libvirt knows."""
+class DomainChange(enum.Enum):
+    """What libvirt tells of a domain's end: first QEMU's own word, where it could give one, then one of the rest."""
 
-    SHUTDOWN = "shutdown"  # QEMU ended by itself: power-off, reset or panic in the guest
+    SHUTTING_DOWN = "shutting down"  # QEMU is about to end by itself or by a signal that it could handle
+    SHUTDOWN = "shutdown"  # QEMU has ended by itself: power-off, reset or panic in the guest
     DESTROYED = "destroyed"  # somebody called destroy
     FAILED = "failed"  # QEMU was killed or failed
 
 
-_CAUSES = {
-    libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN: StopCause.SHUTDOWN,
-    libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED: StopCause.DESTROYED,
+_ENDS = {
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN: DomainChange.SHUTDOWN,
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED: DomainChange.DESTROYED,
 }
 
-OnStopped = Callable[[str, StopCause], None]
-"""Called in the event loop with (domain name, cause)."""
+OnChange = Callable[[str, DomainChange], None]
+"""Called in the event loop with the domain's name."""
 
 _event_loop_lock = threading.Lock()
 _event_loop_started = False
@@ -99,7 +100,7 @@ class LibvirtHost:
         self._connection: Any = None
         self._callback: int | None = None
 
-    async def open(self, on_stopped: OnStopped, emulator: Path) -> None:
+    async def open(self, on_change: OnChange, emulator: Path) -> None:
         """Connect, subscribe to the ends of domains, and let libvirt learn the emulator's capabilities.
 
         The probe of a fresh root costs seconds: here, so that no pod pays for it.
@@ -107,19 +108,23 @@ class LibvirtHost:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="libvirt")
         loop = asyncio.get_running_loop()
 
-        def stopped(_connection: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
-            if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
-                name = domain.name()
-                # The loop may have been closed between libvirt's thread and ours.
-                with contextlib.suppress(RuntimeError):
-                    loop.call_soon_threadsafe(on_stopped, name, _CAUSES.get(detail, StopCause.FAILED))
+        def changed(_connection: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
+            if event == libvirt.VIR_DOMAIN_EVENT_SHUTDOWN:
+                change = DomainChange.SHUTTING_DOWN
+            elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+                change = _ENDS.get(detail, DomainChange.FAILED)
+            else:
+                return
+            # The loop may have been closed between libvirt's thread and ours.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(on_change, domain.name(), change)
 
         def connect() -> tuple[Any, int]:
             if self.embedded:
                 self._prepare_directory()
             _start_event_loop()
             connection = libvirt.open(self.uri)
-            callback = connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, stopped, None)
+            callback = connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, changed, None)
             connection.getDomainCapabilities(str(emulator), "x86_64", "q35", "qemu")
             return connection, callback
 

@@ -6,17 +6,23 @@ import asyncio
 import contextlib
 import dataclasses
 import enum
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from vmrt import spawn
 from vmrt.errors import IllegalTransitionError
+from vmrt.hypervisor import oom
 from vmrt.hypervisor.console import Console
 from vmrt.hypervisor.record import Helper, VmPaths, VmRecord, write
 from vmrt.hypervisor.vsock import Vsock
 from vmrt.model import VmEvent, VmEventKind
 from vmrt.spawn import ProcessId
+
+# How long QEMU's end waits for libvirt's word on it, and a helper's for QEMU's.
+_QEMU_GRACE_S = 0.1
+_HELPER_GRACE_S = 0.3
 
 
 class VmState(enum.Enum):
@@ -41,6 +47,10 @@ _MOVES: dict[VmState, frozenset[VmState]] = {
 }
 
 
+OnEnd = Callable[["Vm", VmEventKind, str], None]
+"""Called with the VM that has ended, how, and in words; the first call for a VM is the one that counts."""
+
+
 class Vm:
     """One VM. `end` is set once, by whoever sees it first: libvirt, a helper's death, or our own destroy."""
 
@@ -53,6 +63,7 @@ class Vm:
         self.state = VmState.BOOTING
         self.end: VmEvent | None = None
         self.ended = asyncio.Event()
+        self.shutting_down = False  # QEMU said that it ends
         self.stopped = asyncio.Event()  # libvirt has told of the domain's end
         self.forgotten = asyncio.Event()  # and its name is free
         self.disks: dict[str, int] = {}
@@ -90,6 +101,38 @@ class Vm:
         """Record a helper."""
         self.note(helpers={**self.record.helpers, helper: process})
 
+    def watch(self, on_end: OnEnd) -> None:
+        """Watch QEMU and its helpers: without its vsock device or file share a VM is of no use.
+
+        libvirt tells of QEMU's end as well, but only when the host's init has reaped it. Whose end is seen first is
+        chance (a helper goes when QEMU goes), so each waits for better knowledge before it speaks.
+        """
+        later = asyncio.get_running_loop().call_later
+        if self.record.qemu is not None:
+            self.watches.append(
+                ProcessWatch(self.record.qemu, lambda: later(_QEMU_GRACE_S, lambda: on_end(self, *self.verdict())))
+            )
+        for helper, process in self.record.helpers.items():
+            lost = functools.partial(self._helper_lost, helper, process, on_end)
+            self.watches.append(ProcessWatch(process, functools.partial(later, _HELPER_GRACE_S, lost)))
+
+    def verdict(self) -> tuple[VmEventKind, str]:
+        """Say how QEMU, which has ended, ended."""
+        if self.shutting_down:
+            return VmEventKind.STOPPED, "the guest shut down, rebooted or panicked"
+        if self.record.qemu is not None and oom.killed(self.record.qemu):
+            return VmEventKind.OOM_KILLED, "the host killed QEMU for memory"
+        return VmEventKind.CRASHED, "QEMU was killed or failed"
+
+    def _helper_lost(self, helper: Helper, process: ProcessId, on_end: OnEnd) -> None:
+        kind = VmEventKind.OOM_KILLED if oom.killed(process) else VmEventKind.CRASHED
+        on_end(self, kind, f"{helper.value} (pid {process.pid}) ended")
+
+    def processes_alive(self) -> bool:
+        """Say whether QEMU and all helpers run."""
+        known = (self.record.qemu, *self.record.helpers.values())
+        return all(process is not None and spawn.alive(process) for process in known)
+
     def kill_processes(self) -> None:
         """Kill QEMU and its helpers: exactly those that were recorded, whatever runs under their pids now."""
         if self.record.qemu is not None:
@@ -109,7 +152,7 @@ class Vm:
 class ProcessWatch:
     """Tells when a process, child or not, has ended: pidfd_open(2), readable from then on."""
 
-    def __init__(self, process: ProcessId, on_gone: Callable[[], None]) -> None:
+    def __init__(self, process: ProcessId, on_gone: Callable[[], object]) -> None:
         self._process = process
         self._on_gone = on_gone
         self._fd: int | None = None
