@@ -5,22 +5,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import json
 import logging
 import os
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import bcrypt
 import pytest
 from test_images_layer import TORTURE, Member, tar_of
 from test_images_store import A, B, config_of, sha
 
+from tests.e2e.docker_registry import INDEX, MANIFEST, PASSWORD, USER, Registry, gzipped
 from vmrt import spawn
 from vmrt.config import ImageConfig
 from vmrt.errors import DeadlineError, ExhaustedError, ImageError, RegistryUnavailableError, SignatureError
@@ -28,89 +22,9 @@ from vmrt.images.manifest import host_architecture
 from vmrt.images.store import ImageStore
 from vmrt.model import RegistryAuth
 
-MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
-INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
-USER, PASSWORD = "somebody", "correct horse"
-
-
-class Registry:
-    """A docker-registry process; `log` has a line for each request."""
-
-    def __init__(self, directory: Path, *, users: bool = False) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.host = f"127.0.0.1:{probe.getsockname()[1]}"
-        self.directory = directory
-        self.log = directory / "log"
-        self.headers: dict[str, str] = {}
-        config: dict[str, object] = {
-            "version": 0.1,
-            "storage": {"filesystem": {"rootdirectory": str(directory / "data")}},
-            "http": {"addr": self.host},
-        }
-        if users:
-            hashed = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4, b"2a")).decode()
-            (directory / "htpasswd").write_text(f"{USER}:{hashed}\n")
-            config["auth"] = {"htpasswd": {"realm": "test", "path": str(directory / "htpasswd")}}
-            self.headers["Authorization"] = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-        (directory / "config.yml").write_text(json.dumps(config))
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                ["docker-registry", "serve", directory / "config.yml"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-        for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(self.host[10:]))):
-                return
-            time.sleep(0.05)
-        raise AssertionError(self.log.read_text())
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def http(self, method: str, path: str, data: bytes | None = None, kind: str = "application/octet-stream") -> str:
-        url = path if "://" in path else f"http://{self.host}/v2/{path}"
-        request = urllib.request.Request(url, data, {**self.headers, "Content-Type": kind}, method=method)
-        with urllib.request.urlopen(request) as answer:
-            return str(answer.headers["Location"] or "")
-
-    def blob(self, repository: str, data: bytes) -> dict[str, object]:
-        place = self.http("POST", f"{repository}/blobs/uploads/", b"")
-        self.http("PUT", f"{place}{'&' if '?' in place else '?'}digest={sha(data)}", data)
-        return {"digest": sha(data), "size": len(data)}
-
-    def push(self, repository: str, tag: str, layers: Sequence[bytes], **config: object) -> str:
-        """Push an image of uncompressed layers; return its manifest's digest."""
-        manifest = {
-            "schemaVersion": 2,
-            "mediaType": MANIFEST,
-            "config": {
-                "mediaType": "application/vnd.docker.container.image.v1+json",
-                **self.blob(repository, config_of(layers, **config)),
-            },
-            "layers": [
-                {"mediaType": "application/vnd.docker.image.rootfs.diff.tar.gzip", **self.blob(repository, _gzip(data))}
-                for data in layers
-            ],
-        }
-        return self.manifest(repository, tag, manifest, MANIFEST)
-
-    def manifest(self, repository: str, tag: str, document: object, kind: str) -> str:
-        data = json.dumps(document).encode()
-        self.http("PUT", f"{repository}/manifests/{tag}", data, kind)
-        return sha(data)
-
-    def requests(self, method: str, part: str) -> int:
-        """Count the requests of a method whose path has a part."""
-        return sum(f'"{method} ' in line and part in line for line in self.log.read_text().splitlines())
-
 
 async def command(*arguments: str | Path) -> None:
     await spawn.run(arguments)
-
-
-def _gzip(data: bytes) -> bytes:
-    return subprocess.run(["gzip", "-1nc"], input=data, capture_output=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +99,7 @@ async def test_pull_by_tag_and_digest(registry: Registry, store: ImageStore) -> 
 
 async def test_layers_are_fetched_once(registry: Registry, store: ImageStore) -> None:
     base, own = tar_of(Member("base", b"base")), tar_of(Member("own", b"own"))
-    blob = sha(_gzip(base))
+    blob = sha(gzipped(base))
     registry.push("reuse/one", "1", [base])
     registry.push("reuse/two", "1", [base, own])
     one = await store.pull(f"{registry.host}/reuse/one:1")
@@ -319,7 +233,7 @@ async def test_credentials_are_seen_nowhere(
 async def test_wrong_content_on_the_registry(tmp_path: Path, registry: Registry, store: ImageStore) -> None:
     data = tar_of(Member("tampered", os.urandom(1000)))
     registry.push("tampered", "1", [data])
-    hexadecimal = sha(_gzip(data))[7:]
+    hexadecimal = sha(gzipped(data))[7:]
     blob = registry.directory / "data/docker/registry/v2/blobs/sha256" / hexadecimal[:2] / hexadecimal / "data"
     content = bytearray(blob.read_bytes())
     content[40] ^= 1
@@ -334,7 +248,7 @@ async def test_a_layer_that_is_not_what_the_configuration_says(
 ) -> None:
     config = registry.blob("liar", config_of([B]))
     kind = "application/vnd.docker.container.image.v1+json"
-    layer = {"mediaType": "application/vnd.docker.image.rootfs.diff.tar.gzip", **registry.blob("liar", _gzip(A))}
+    layer = {"mediaType": "application/vnd.docker.image.rootfs.diff.tar.gzip", **registry.blob("liar", gzipped(A))}
     document = {"schemaVersion": 2, "mediaType": MANIFEST, "config": {"mediaType": kind, **config}, "layers": [layer]}
     registry.manifest("liar", "1", document, MANIFEST)
     with pytest.raises(ImageError, match=f"layer 1 has the diff ID {sha(A)} instead of {sha(B)}"):

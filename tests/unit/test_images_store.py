@@ -250,6 +250,10 @@ async def test_an_image_whose_layer_is_missing_is_dropped(tmp_path: Path) -> Non
     two.layers[1].path.unlink()
     async with opened(tmp_path) as store:
         assert store.list() == [one]
+        store.retain(two.id, "container")
+        store.collect()
+        assert await load_one(store, write_layout(tmp_path / "2", [("app:2", [A, B])])) == two
+        assert two.layers[1].path.exists()
 
 
 async def test_a_layer_with_an_opaque_root_hides_those_below(tmp_path: Path, store: ImageStore) -> None:

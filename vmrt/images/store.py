@@ -20,8 +20,6 @@ import logging
 import os
 import secrets
 import shutil
-import weakref
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,10 +30,10 @@ import msgspec
 from vmrt.config import ImageConfig
 from vmrt.errors import DeadlineError, ImageError, InvalidArgumentError, NotFoundError, UnavailableError
 from vmrt.images import archive, manifest, pull
-from vmrt.images.blob import Blob, convert
 from vmrt.images.layer import disk_error
+from vmrt.images.layers import Layers, Work
 from vmrt.images.pull import Fetched, Progress
-from vmrt.images.records import ImageRecord, LayerRecord, Records
+from vmrt.images.records import ImageRecord, Records
 from vmrt.images.reference import Reference, id_prefix
 from vmrt.images.reference import parse as parse_reference
 from vmrt.images.skopeo import Session
@@ -66,17 +64,15 @@ class ImageStore:
     def __init__(self, root: Path, config: ImageConfig) -> None:
         self._root = root
         self._config = config
-        self._layers = root / "layers"
         self._staging = root / "staging"
         self._records = Records(root / "images.db")
+        self._executor = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "image")
+        self._layers = Layers(root / "layers", self._staging, self._records, self._executor)
         self._images: dict[str, Image] = {}
         self._names: dict[str, str] = {}
         self._retained: dict[str, set[str]] = {}
-        self._held: Counter[str] = Counter()
-        self._blob_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._flights: dict[tuple[str, RegistryAuth | None], _Flight] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._executor = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "image")
         self._collecting = False
         self._closed = False
 
@@ -85,7 +81,7 @@ class ImageStore:
     async def open(self) -> None:
         """Read the records and remove what interrupted work left. Nothing that may be retained is deleted yet."""
         try:
-            for directory in (self._root, self._layers, self._staging):
+            for directory in (self._root, self._layers.directory, self._staging):
                 directory.mkdir(parents=True, exist_ok=True)
             self._staging.chmod(0o700)
             for left in self._staging.iterdir():
@@ -93,14 +89,18 @@ class ImageStore:
         except OSError as e:
             raise disk_error(e, str(self._root)) from e
         self._records.open()
-        present = {path.name for path in self._layers.iterdir()}
-        gone = [diff_id for diff_id in self._records.layers if _file_name(diff_id) not in present]
-        if gone:
-            log.warning("image layers are missing on disk, their images are dropped: %s", ", ".join(sorted(gone)))
+        if gone := self._layers.missing():
+            log.warning("image layers are missing on disk, their images are removed: %s", ", ".join(sorted(gone)))
             self._records.drop_layers(gone)
-        broken = [r.id for r in self._records.images.values() if any(d not in self._records.layers for d in r.diff_ids)]
-        self._records.put_images([], drop=broken)
-        self._change(list(self._records.images.values()))
+        # A broken image is a removed one: containers that were made of it may still retain it.
+        self._change(
+            [
+                record
+                if all(diff_id in self._records.layers for diff_id in record.diff_ids)
+                else msgspec.structs.replace(record, tags=frozenset(), digests=frozenset(), removed=True)
+                for record in self._records.images.values()
+            ]
+        )
 
     async def close(self) -> None:
         """Cancel running pulls and loads, wait for them, and close the records."""
@@ -115,10 +115,7 @@ class ImageStore:
     def collect(self) -> None:
         """Delete layers that nobody needs, from now on at once. Call it when all who retain have said so."""
         self._collecting = True
-        for path in self._layers.iterdir():
-            diff_id = f"sha256:{path.stem}"
-            if diff_id not in self._records.layers and diff_id not in self._held:
-                self._discard(path)
+        self._layers.sweep_unrecorded()
         self._sweep()
 
     # --- asking ------------------------------------------------------------------------------------------------------
@@ -312,13 +309,11 @@ class ImageStore:
             await asyncio.shield(self._in_thread(lambda: shutil.rmtree(directory, ignore_errors=True)))
 
     @contextlib.contextmanager
-    def _hold(self, directory: Path, name: str) -> Iterator[_Work]:
-        work = _Work(self, directory, name)
+    def _hold(self, directory: Path, name: str) -> Iterator[Work]:
         try:
-            yield work
+            with self._layers.work(directory, name) as work:
+                yield work
         finally:
-            self._held.subtract(work.held)
-            self._held += Counter()  # drops what is zero
             if not self._closed:
                 self._sweep()
 
@@ -370,7 +365,7 @@ class ImageStore:
             size_bytes=sum(layer.size_bytes for layer in set(layers)) + len(record.config),
             config=config,
             layers=tuple(
-                LayerImage(layer.diff_id, self.layer_path(layer.diff_id), layer.size_bytes)
+                LayerImage(layer.diff_id, self._layers.path(layer.diff_id), layer.size_bytes)
                 for layer in reversed(shown.values())
             ),
         )
@@ -384,22 +379,7 @@ class ImageStore:
         if dead:
             self._records.put_images([], drop=dead)
         needed = {diff_id for record in self._records.images.values() for diff_id in record.diff_ids}
-        gone = [d for d in self._records.layers if d not in needed and d not in self._held]
-        if gone:
-            self._records.drop_layers(gone)
-            for diff_id in gone:
-                self._discard(self.layer_path(diff_id))
-
-    def _discard(self, path: Path) -> None:
-        """Take a file out of the store at once, and delete it in a thread: large files take their time."""
-        away = self._staging / f"gone-{secrets.token_hex(8)}"
-        with contextlib.suppress(FileNotFoundError):
-            path.rename(away)
-            self._executor.submit(away.unlink, missing_ok=True)
-
-    def layer_path(self, diff_id: str) -> Path:
-        """Return where a layer's image is or would be."""
-        return self._layers / _file_name(diff_id)
+        self._layers.sweep(needed)
 
     def _parse(self, text: str) -> Reference:
         return parse_reference(text, self._config.default_registry)
@@ -430,69 +410,7 @@ class ImageStore:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
 
 
-class _Work:
-    """The layers of one running pull or load. Implements `pull.LayerSink`; what it has touched is held."""
-
-    def __init__(self, store: ImageStore, directory: Path, name: str) -> None:
-        self._store = store
-        self._directory = directory
-        self._name = name
-        self.held: Counter[str] = Counter()
-
-    def known(self, blob_digest: str) -> str | None:
-        diff_id = self._store._records.blobs.get(blob_digest)
-        if diff_id is not None:
-            self._hold(diff_id)
-        return diff_id
-
-    def _hold(self, diff_id: str) -> None:
-        self.held[diff_id] += 1
-        self._store._held[diff_id] += 1
-
-    async def add(self, blob: Blob, blob_digest: str, progress: list[int]) -> str:
-        def count(octets: int) -> None:
-            progress[0] += octets
-
-        store = self._store
-        # Two pulls that share a layer convert it once.
-        lock = store._blob_locks.setdefault(blob_digest or secrets.token_hex(8), asyncio.Lock())
-        async with lock:
-            if (diff_id := self.known(blob_digest)) is not None:
-                return diff_id
-            image = self._directory / f"{secrets.token_hex(8)}.erofs"
-            done = await convert(blob, image, store._executor, name=self._name, progress=count)
-            if blob_digest and done.blob_digest != blob_digest:
-                raise ImageError(
-                    f"a layer has the digest {done.blob_digest} instead of {blob_digest}",
-                    phase="verify",
-                    resource=self._name,
-                )
-            self._hold(done.diff_id)
-            try:
-                image.rename(store.layer_path(done.diff_id))
-                await store._in_thread(_fsync_directory, store._layers)
-            except OSError as e:
-                raise disk_error(e, self._name) from e
-            store._records.put_layer(
-                LayerRecord(done.diff_id, done.size_bytes, done.opaque_root), blob_digest or done.blob_digest
-            )
-            return done.diff_id
-
-
 async def _tick(progress: Progress, done: list[int], total: int) -> None:
     while True:
         progress("convert", done[0], total)
         await asyncio.sleep(PROGRESS_S)
-
-
-def _file_name(diff_id: str) -> str:
-    return f"{diff_id.removeprefix('sha256:')}.erofs"
-
-
-def _fsync_directory(path: Path) -> None:
-    """Bring renames in a directory to the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
