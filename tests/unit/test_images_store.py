@@ -230,6 +230,7 @@ async def test_a_restart_keeps_images_and_waits_for_those_who_retain(tmp_path: P
     # What a killed daemon may have left.
     (tmp_path / "images/staging/work").mkdir()
     (tmp_path / "images/staging/work/auth.json").write_text("secret")
+    (tmp_path / "images/staging/gone-1").touch()
     orphan = tmp_path / "images/layers" / f"{'0' * 64}.erofs"
     orphan.touch()
     async with opened(tmp_path) as store:
@@ -389,3 +390,4 @@ async def test_a_closed_store_says_so(tmp_path: Path) -> None:
         await store.load(tmp_path)
     with pytest.raises(UnavailableError):
         await store.pull("x")
+    store.release("container")

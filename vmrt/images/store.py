@@ -84,8 +84,7 @@ class ImageStore:
             for directory in (self._root, self._layers.directory, self._staging):
                 directory.mkdir(parents=True, exist_ok=True)
             self._staging.chmod(0o700)
-            for left in self._staging.iterdir():
-                await self._in_thread(shutil.rmtree, left)
+            await self._in_thread(_empty, self._staging)
         except OSError as e:
             raise disk_error(e, str(self._root)) from e
         self._records.open()
@@ -314,8 +313,7 @@ class ImageStore:
             with self._layers.work(directory, name) as work:
                 yield work
         finally:
-            if not self._closed:
-                self._sweep()
+            self._sweep()
 
     def _admit(self, fetched: Fetched, tags: frozenset[str], digests: frozenset[str]) -> None:
         """Record an image under its names; a tag leaves the image that had it."""
@@ -372,7 +370,7 @@ class ImageStore:
 
     def _sweep(self) -> None:
         """Drop removed images that nobody retains, and layers that nothing needs."""
-        if not self._collecting:
+        if not self._collecting or self._closed:
             return
         retained = {image_id for images in self._retained.values() for image_id in images}
         dead = [record.id for record in self._records.images.values() if record.removed and record.id not in retained]
@@ -408,6 +406,14 @@ class ImageStore:
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
+
+
+def _empty(directory: Path) -> None:
+    for left in directory.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 async def _tick(progress: Progress, done: list[int], total: int) -> None:
