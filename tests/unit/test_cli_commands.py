@@ -294,6 +294,45 @@ def test_logs_follow_until_the_end(house: FakeDaemon, tmp_path: Path) -> None:
     assert result.stdout == "three\nafter rotation\n"
 
 
+def test_logs_follow_waits_for_a_daemon_that_is_restarted(house: FakeDaemon, tmp_path: Path) -> None:
+    (tmp_path / "app.log").write_bytes(LOG)
+    asked = 0
+
+    def away(context: grpc.ServicerContext) -> None:
+        nonlocal asked
+        asked += 1
+        house.fail.pop("ContainerStatus", None)
+        if asked in (2, 3):
+            house.fail["ContainerStatus"] = (grpc.StatusCode.UNAVAILABLE, "the daemon is stopping")
+        elif asked == 4:
+            house.containers[WEB].state = api_pb2.CONTAINER_EXITED
+
+    house.before["ContainerStatus"] = away
+    result = vmrt(house, "logs", "-f", "app")
+    assert (result.exit_code, asked) == (0, 4)
+    assert result.stdout == "one\nthree\n"
+    assert result.stderr.count("the daemon is away") == 1
+
+
+def test_logs_follow_does_not_wait_for_ever(house: FakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmrt.cli import containers
+
+    monkeypatch.setattr(containers, "DAEMON_PATIENCE_S", -1)
+    (tmp_path / "app.log").write_bytes(LOG)
+    asked = 0
+
+    def away(context: grpc.ServicerContext) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            house.fail["ContainerStatus"] = (grpc.StatusCode.UNAVAILABLE, "the daemon is stopping")
+
+    house.before["ContainerStatus"] = away
+    result = vmrt(house, "logs", "-f", "app")
+    assert result.exit_code == 1
+    assert result.stderr.endswith("vmrt: the daemon is stopping\n")
+
+
 @pytest.mark.parametrize(("name", "says"), [("app", "does not exist"), ("side", "no log directory")])
 def test_logs_that_are_not_there(house: FakeDaemon, name: str, says: str) -> None:
     result = vmrt(house, "logs", name)

@@ -117,6 +117,9 @@ class Daemon:
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES * 2),
                 ("grpc.default_authority", "localhost"),
+                # A daemon that is restarted is back within seconds.
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1000),
             ],
         )
         self.runtime: api_pb2_grpc.RuntimeServiceStub = api_pb2_grpc.RuntimeServiceStub(self._channel)
@@ -205,8 +208,12 @@ class Daemon:
         number: int = status.value[0]
         code = Code(number) if number in Code.__members__.values() else Code.UNKNOWN
         details = (error.details() or "").strip()
-        if code is Code.UNAVAILABLE and "failed to connect" in details.lower():
-            return UnavailableError(f"the daemon on {self.path} went away", hint="its log says why")
+        if code is Code.UNAVAILABLE:
+            # The daemon's own word, if it is there to say one; else the socket's, which is clearer than gRPC's.
+            try:
+                check_listening(self.path)
+            except UnavailableError as e:
+                return e
         if code is Code.DEADLINE_EXCEEDED and details.lower() in ("deadline exceeded", ""):
             details = f"the daemon did not answer within {self.timeout_s:g} s (see --timeout)"
         if code is Code.UNIMPLEMENTED and not details:

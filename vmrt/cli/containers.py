@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,13 @@ from vmrt.cli.app import Options, Seconds, own_failure
 from vmrt.cli.command import Command
 from vmrt.cli.complete import container_names
 from vmrt.cli.output import age, emit_json, emit_table, rfc3339, short_id
-from vmrt.errors import FailedPreconditionError, VmrtError
+from vmrt.errors import Code, FailedPreconditionError, VmrtError
 
 if TYPE_CHECKING:
     from vmrt.cli.client import Daemon
     from vmrt.proto.runtime.v1 import api_pb2
+
+DAEMON_PATIENCE_S = 60.0
 
 
 def state_name(state: int) -> str:
@@ -202,7 +205,7 @@ def logs(options: Options, follow: bool, timestamps: bool, tail: int | None, con
                     pieces = (entry for entries in reader.available() for entry in entries)
                     printer.write(last_lines(pieces, tail))
                 if follow:
-                    for entries in reader.follow(lambda: is_alive(daemon, target.id)):
+                    for entries in reader.follow(Watch(daemon, target.id)):
                         printer.write(entries)
                 if reader.parser.skipped:
                     click.echo(f"vmrt: {reader.parser.skipped} lines of {path} are not CRI log lines", err=True)
@@ -220,16 +223,34 @@ def container_status(daemon: Daemon, identifier: str) -> api_pb2.ContainerStatus
     return daemon.call(daemon.runtime.ContainerStatus, request).status
 
 
-def is_alive(daemon: Daemon, identifier: str) -> bool:
-    """Say whether a container may still write: it is created or running. A removed one may not."""
-    from vmrt.cli.client import DaemonError
-    from vmrt.errors import Code
-    from vmrt.proto.runtime.v1 import api_pb2
+class Watch:
+    """Says whether one container may still write: it is created or running. A removed one may not.
 
-    try:
-        state = container_status(daemon, identifier).state
-    except DaemonError as e:
-        if e.code is Code.NOT_FOUND:
-            return False
-        raise
-    return state in (api_pb2.CONTAINER_CREATED, api_pb2.CONTAINER_RUNNING)
+    Containers outlive the daemon, so a daemon that goes away is waited for, `DAEMON_PATIENCE_S` long.
+    """
+
+    def __init__(self, daemon: Daemon, identifier: str) -> None:
+        self._daemon = daemon
+        self._identifier = identifier
+        self._away_since: float | None = None
+
+    def __call__(self) -> bool:
+        """Ask. Raises `VmrtError`."""
+        from vmrt.proto.runtime.v1 import api_pb2
+
+        try:
+            state = container_status(self._daemon, self._identifier).state
+        except VmrtError as e:
+            if e.code is Code.NOT_FOUND:
+                return False
+            if e.code is not Code.UNAVAILABLE:
+                raise
+            now = time.monotonic()
+            if self._away_since is None:
+                self._away_since = now
+                click.echo("vmrt: the daemon is away; the container goes on, waiting", err=True)
+            if now - self._away_since > DAEMON_PATIENCE_S:
+                raise
+            return True
+        self._away_since = None
+        return state in (api_pb2.CONTAINER_CREATED, api_pb2.CONTAINER_RUNNING)

@@ -26,7 +26,7 @@ import click
 from vmrt.cli.app import Options, own_failure
 from vmrt.cli.command import Command
 from vmrt.cli.complete import image_names
-from vmrt.cli.containers import container_status, is_alive
+from vmrt.cli.containers import Watch, container_status
 from vmrt.cli.params import Port, PublishedPort, Size, User, UserChoice, Variable
 from vmrt.cli.pods import RUN_LABEL, remove_pod, run_log_directory, stop_containers
 from vmrt.errors import NotFoundError, VmrtError
@@ -355,7 +355,7 @@ def obtain_image(daemon: Daemon, wish: Wish) -> str:
 
 def _show(daemon: Daemon, container_id: str, reader: LogReader, printer: Printer) -> None:
     """Print output until the container has ended; on a signal stop it first, printing on."""
-    output = reader.follow(lambda: is_alive(daemon, container_id))
+    output = reader.follow(Watch(daemon, container_id))
     try:
         for entries in output:
             printer.write(entries)
