@@ -87,9 +87,11 @@ class Console:
     async def listen(self, owner: tuple[int, int]) -> None:
         """Bind the socket, which only `owner` (uid, gid) and root may connect to."""
         self._socket_path.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._accept, self._socket_path, backlog=1)
+        # Not served at once: a cancellation in start_unix_server would lose the bound socket.
+        self._server = await asyncio.start_unix_server(self._accept, self._socket_path, backlog=1, start_serving=False)
         self._socket_path.chmod(0o600)
         os.chown(self._socket_path, *owner)
+        await self._server.start_serving()
 
     async def close(self) -> None:
         """Stop listening. QEMU goes on and drops what the guest writes."""

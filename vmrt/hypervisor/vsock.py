@@ -101,9 +101,11 @@ class HybridVsock:
     async def listen(self) -> None:
         """Bind the socket at which the guest's connections to `READY_PORT` arrive."""
         self._notice = asyncio.get_running_loop().create_future()
-        self._server = await asyncio.start_unix_server(self._accept, self._ready_path, backlog=4)
+        # Not served at once: a cancellation in start_unix_server would lose the bound socket.
+        self._server = await asyncio.start_unix_server(self._accept, self._ready_path, backlog=4, start_serving=False)
         self._ready_path.chmod(0o600)
         os.chown(self._ready_path, *self._owner)
+        await self._server.start_serving()
 
     def started(self, cid: int | None) -> None:
         """Nothing to learn: the CID is the same for all."""

@@ -1,0 +1,99 @@
+"""What the tests of the libvirt driver share: where its guest is, its root, and what it may not leave behind.
+
+The embedded libvirt driver takes one root per process, so all tests of a session share one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from vmrt import guest_image
+from vmrt.agent.layout import CALL_PORT
+from vmrt.config import HypervisorConfig
+from vmrt.hypervisor.libvirt_driver import LibvirtHypervisor
+from vmrt.model import Disk, GuestImage, VmSpec
+
+GUEST = Path(__file__).parents[2] / ".cache" / "guest"
+MEMORY_BYTES = 256 * 1024**2
+INSTANCE = secrets.token_hex(4)
+
+__all__ = [
+    "CALL_PORT",
+    "INSTANCE",
+    "leftovers",
+    "make",
+    "need_real",
+    "opened",
+    "real_guest",
+    "root",
+    "small_disk",
+    "spec",
+]
+
+
+def need_real() -> None:
+    """Skip where VMs cannot run; under CI that fails."""
+    if os.geteuid() == 0 and shutil.which("qemu-system-x86_64") and GUEST.exists():
+        return
+    reason = "the libvirt driver needs root, QEMU and the guest image (make setup)"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@functools.cache
+def root() -> Path:
+    """Make the root: short, for its sockets, and passable for QEMU's user, which pytest's directories are not."""
+    path = Path(tempfile.mkdtemp(prefix="vmrt-hv-"))
+    path.chmod(0o711)
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@functools.cache
+def real_guest() -> GuestImage:
+    return guest_image.load(GUEST.resolve())
+
+
+def make(**settings: object) -> LibvirtHypervisor:
+    """Return a driver on the root: each is a daemon of its own."""
+    return LibvirtHypervisor(HypervisorConfig(**settings), root(), INSTANCE)  # type: ignore[arg-type]
+
+
+async def opened(**settings: object) -> LibvirtHypervisor:
+    """Return an open driver."""
+    hypervisor = make(**settings)
+    await hypervisor.open()
+    return hypervisor
+
+
+def spec(vm_id: str, guest: GuestImage, **fields: object) -> VmSpec:
+    return VmSpec(vm_id, guest, vcpus=1, memory_bytes=MEMORY_BYTES, **fields)  # type: ignore[arg-type]
+
+
+def small_disk(serial: str, *, readonly: bool = True) -> Disk:
+    path = root() / f"{serial}.img"
+    path.write_bytes(bytes(1024**2))
+    return Disk(serial, path, readonly=readonly)
+
+
+def leftovers() -> list[str]:
+    """Return the processes that name our root in their command line, and the files of VMs below it."""
+    found = [str(path) for path in (root() / "vms").glob("*")]
+    found += [str(path) for path in (root() / "libvirt" / "log" / "qemu").glob("*.log")]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:
+            continue
+        if os.fsencode(root()) in command and path.parent.name != str(os.getpid()):
+            found.append(command.replace(b"\0", b" ").decode(errors="replace"))
+    return found

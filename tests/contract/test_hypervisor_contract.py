@@ -1,0 +1,251 @@
+"""What every `vmrt.pods.drivers.Hypervisor` does, held against the libvirt driver (real VMs) and its one fake."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.contract import real_hypervisor as real
+from tests.contract.fake_hypervisor import PANIC, FakeHypervisor, FakeVmHost
+from vmrt.agent.layout import CALL_PORT
+from vmrt.errors import AlreadyExistsError, VmError, VmGoneError
+from vmrt.model import Disk, GuestImage, VmEvent, VmEventKind
+from vmrt.pods.drivers import Hypervisor
+
+
+@dataclass
+class Subject:
+    """A driver's maker (each call is a restarted daemon) and what tests need from the outside."""
+
+    make: Callable[[], Hypervisor]
+    impatient: Callable[[], Hypervisor]  # gives up long before a guest is ready
+    guest: GuestImage
+    disk: Callable[[str], Disk]
+    kill: Callable[[Hypervisor, str], None]  # ends a VM behind the driver's back
+    leftovers: Callable[[], list[str]]
+
+
+def fake(directory: Path) -> Subject:
+    host = FakeVmHost()
+    guest = GuestImage("1", 1, directory / "k", None, directory / "r", "quiet", "6.1")
+
+    def impatient() -> FakeHypervisor:
+        hypervisor = FakeHypervisor(host, boot_timeout_s=0.01)
+        hypervisor.gate.clear()
+        return hypervisor
+
+    def disk(serial: str) -> Disk:
+        path = directory / serial
+        path.touch()
+        return Disk(serial, path)
+
+    def kill(hypervisor: Hypervisor, vm_id: str) -> None:
+        assert isinstance(hypervisor, FakeHypervisor)
+        hypervisor.end(vm_id)
+
+    return Subject(lambda: FakeHypervisor(host), impatient, guest, disk, kill, lambda: list(host.vms))
+
+
+def libvirt() -> Subject:
+    def kill(hypervisor: Hypervisor, vm_id: str) -> None:
+        os.kill(hypervisor.processes(vm_id)[0].pid, signal.SIGKILL)
+
+    return Subject(
+        real.make, lambda: real.make(boot_timeout_s=1.5), real.real_guest(), real.small_disk, kill, real.leftovers
+    )
+
+
+@pytest.fixture(params=["fake", "libvirt"])
+def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
+    if request.param == "fake":
+        return fake(tmp_path)
+    real.need_real()
+    return libvirt()
+
+
+@pytest.fixture
+async def hypervisor(subject: Subject) -> AsyncIterator[Hypervisor]:
+    """An open driver; nothing may be left when its VMs are destroyed."""
+    hypervisor = subject.make()
+    await hypervisor.open()
+    yield hypervisor
+    for vm_id in ["one", "two"]:
+        await hypervisor.destroy(vm_id)
+    await hypervisor.close()
+    assert subject.leftovers() == []
+
+
+async def next_event(hypervisor: Hypervisor) -> VmEvent:
+    events = hypervisor.events()
+    async with asyncio.timeout(30):
+        return await anext(events)
+
+
+async def no_event(hypervisor: Hypervisor) -> bool:
+    try:
+        async with asyncio.timeout(0.5):
+            await anext(hypervisor.events())
+    except TimeoutError:
+        return True
+    return False
+
+
+async def reaches_agent(hypervisor: Hypervisor, vm_id: str) -> bool:
+    _, writer = await hypervisor.dial(vm_id, CALL_PORT)
+    writer.close()
+    await writer.wait_closed()
+    return True
+
+
+async def test_life_of_a_vm(subject: Subject, hypervisor: Hypervisor) -> None:
+    assert hypervisor.accelerator in ("kvm", "tcg")
+    assert list(hypervisor.list()) == []
+    await hypervisor.boot(real.spec("one", subject.guest))
+    assert list(hypervisor.list()) == ["one"]
+    assert hypervisor.processes("one")
+    assert await reaches_agent(hypervisor, "one")
+    with pytest.raises(VmError) as nobody:
+        await hypervisor.dial("one", 7777)
+    assert not isinstance(nobody.value, VmGoneError)
+    with pytest.raises(AlreadyExistsError):
+        await hypervisor.boot(real.spec("one", subject.guest))
+    assert await reaches_agent(hypervisor, "one")
+
+    first, second = subject.disk("layer-1"), subject.disk("layer-2")
+    await asyncio.gather(*(hypervisor.attach_disk("one", disk) for disk in (first, second, first)))
+    await hypervisor.attach_disk("one", second)
+    await hypervisor.detach_disk("one", "layer-1")
+    await hypervisor.detach_disk("one", "layer-1")
+    await hypervisor.detach_disk("one", "never-attached")
+    await hypervisor.attach_disk("one", first)
+    with pytest.raises(VmError):
+        await hypervisor.attach_disk("one", Disk("absent", Path("/nonexistent/disk")))
+
+    assert "vmrt-agent" in hypervisor.console_tail("one")
+    assert hypervisor.console_tail("one", 0) == ""
+    await asyncio.gather(hypervisor.destroy("one"), hypervisor.destroy("one"))
+    await hypervisor.destroy("one")
+    assert list(hypervisor.list()) == []
+    assert await next_event(hypervisor) == VmEvent("one", VmEventKind.STOPPED, "destroyed")
+    assert await no_event(hypervisor)
+
+
+async def test_an_id_can_be_used_again_at_once(subject: Subject, hypervisor: Hypervisor) -> None:
+    for _ in range(2):
+        await hypervisor.boot(real.spec("one", subject.guest))
+        assert await reaches_agent(hypervisor, "one")
+        await hypervisor.destroy("one")
+
+
+async def test_unknown_vm(subject: Subject, hypervisor: Hypervisor) -> None:
+    with pytest.raises(VmGoneError):
+        await hypervisor.dial("none", CALL_PORT)
+    with pytest.raises(VmGoneError):
+        await hypervisor.attach_disk("none", subject.disk("layer-1"))
+    with pytest.raises(VmGoneError):
+        await hypervisor.detach_disk("none", "layer-1")
+    with pytest.raises(VmGoneError):
+        hypervisor.console_tail("none")
+    with pytest.raises(VmGoneError):
+        hypervisor.processes("none")
+    await hypervisor.destroy("none")
+
+
+async def test_vms_outlive_the_daemon(subject: Subject) -> None:
+    first = subject.make()
+    await first.open()
+    await first.boot(real.spec("one", subject.guest, disks=(subject.disk("layer-1"),)))
+    await first.attach_disk("one", subject.disk("layer-2"))
+    processes = list(first.processes("one"))
+    await first.close()
+
+    second = subject.make()
+    await second.open()
+    assert list(second.list()) == ["one"]
+    assert list(second.processes("one")) == processes
+    assert await reaches_agent(second, "one")
+    assert "vmrt-agent" in second.console_tail("one")
+    await second.attach_disk("one", subject.disk("layer-2"))
+    await second.detach_disk("one", "layer-1")
+    await second.detach_disk("one", "layer-2")
+    subject.kill(second, "one")
+    assert (await next_event(second)).vm_id == "one"
+    await second.destroy("one")
+    await second.close()
+    assert subject.leftovers() == []
+
+
+async def test_a_killed_vm_is_told_once_and_fails_fast(subject: Subject, hypervisor: Hypervisor) -> None:
+    await hypervisor.boot(real.spec("one", subject.guest))
+    subject.kill(hypervisor, "one")
+    event = await next_event(hypervisor)
+    assert (event.vm_id, event.kind) == ("one", VmEventKind.CRASHED)
+    assert list(hypervisor.list()) == []
+    with pytest.raises(VmGoneError):
+        await hypervisor.dial("one", CALL_PORT)
+    with pytest.raises(VmGoneError):
+        await hypervisor.attach_disk("one", subject.disk("layer-1"))
+    assert "vmrt-agent" in hypervisor.console_tail("one")
+    await hypervisor.destroy("one")
+    with pytest.raises(VmGoneError):
+        hypervisor.console_tail("one")
+    assert await no_event(hypervisor)
+
+
+async def test_a_guest_that_panics(subject: Subject, hypervisor: Hypervisor) -> None:
+    guest = dataclasses.replace(subject.guest, cmdline=f"{subject.guest.cmdline} {PANIC}")
+    with pytest.raises(VmError) as failure:
+        await hypervisor.boot(real.spec("one", guest))
+    assert failure.value.phase == "boot"
+    assert "one" in failure.value.resource
+    assert "Kernel panic" in failure.value.console
+    assert "Kernel panic" in str(failure.value)
+    assert list(hypervisor.list()) == []
+    assert await no_event(hypervisor)
+
+
+async def test_a_guest_that_never_answers(subject: Subject) -> None:
+    hypervisor = subject.impatient()
+    await hypervisor.open()
+    with pytest.raises(VmError, match="did not report") as failure:
+        await hypervisor.boot(real.spec("one", subject.guest))
+    assert failure.value.phase == "boot"
+    assert list(hypervisor.list()) == []
+    assert await no_event(hypervisor)
+    await hypervisor.close()
+    assert subject.leftovers() == []
+
+
+@pytest.mark.parametrize("after_s", [0, 0.15, 1.0])
+async def test_a_cancelled_boot_leaves_nothing(subject: Subject, after_s: float) -> None:
+    hypervisor = subject.make()
+    await hypervisor.open()
+    if isinstance(hypervisor, FakeHypervisor):
+        hypervisor.gate.clear()
+    boot = asyncio.create_task(hypervisor.boot(real.spec("one", subject.guest)))
+    await asyncio.sleep(after_s)
+    boot.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await boot
+    assert list(hypervisor.list()) == []
+    assert await no_event(hypervisor)
+    await hypervisor.close()
+    assert subject.leftovers() == []
+
+
+async def test_a_vm_destroyed_while_it_boots(subject: Subject, hypervisor: Hypervisor) -> None:
+    if isinstance(hypervisor, FakeHypervisor):
+        pytest.skip("the fake boots at once")
+    boot = asyncio.create_task(hypervisor.boot(real.spec("one", subject.guest)))
+    await asyncio.sleep(1.0)
+    await hypervisor.destroy("one")
+    with pytest.raises(VmError):
+        await boot
+    assert list(hypervisor.list()) == []

@@ -1,0 +1,176 @@
+"""What only the libvirt driver can show: confinement, helpers, evidence of how a VM ended, crashes of the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.contract import real_hypervisor as real
+from vmrt.errors import VmError, VmGoneError
+from vmrt.hypervisor.libvirt_driver import LibvirtHypervisor
+from vmrt.model import Disk, VmEventKind
+from vmrt.spawn import ProcessId
+
+
+@pytest.fixture(autouse=True)
+def real_machine() -> None:
+    real.need_real()
+
+
+@pytest.fixture
+async def hypervisor() -> AsyncIterator[LibvirtHypervisor]:
+    hypervisor = await real.opened()
+    yield hypervisor
+    await hypervisor.destroy("one")
+    await hypervisor.close()
+    assert real.leftovers() == []
+
+
+def status_of(process: ProcessId) -> dict[str, str]:
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+async def test_qemu_is_confined_and_the_share_is_served(hypervisor: LibvirtHypervisor) -> None:
+    share = real.root() / "share"
+    share.mkdir(exist_ok=True)
+    scratch = real.small_disk("scratch", readonly=False)
+    layer = real.small_disk("layer")
+    await hypervisor.boot(real.spec("one", real.real_guest(), share_dir=share, disks=(scratch, layer)))
+    qemu, *helpers = hypervisor.processes("one")
+    assert helpers
+    status = status_of(qemu)
+    assert "0" not in status["Uid"].split()
+    assert int(status["CapEff"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+    command = Path(f"/proc/{qemu.pid}/cmdline").read_text()
+    assert "vhost-user-fs-pci" in command
+    # What pods share stays root's; what is this pod's own is QEMU's user's.
+    assert layer.path.stat().st_uid == 0
+    assert str(scratch.path.stat().st_uid) in status["Uid"].split()
+    console = real.root() / "vms" / "one" / "console"
+    assert stat.S_IMODE(console.stat().st_mode) == 0o600
+
+
+async def test_a_helper_that_dies_ends_the_vm(hypervisor: LibvirtHypervisor) -> None:
+    await hypervisor.boot(real.spec("one", real.real_guest()))
+    qemu, *helpers = hypervisor.processes("one")
+    if not helpers:
+        pytest.skip("with the kernel's vsock there is no helper")
+    os.kill(helpers[0].pid, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        event = await anext(hypervisor.events())
+    assert event.kind is VmEventKind.CRASHED
+    assert "vhost-device-vsock" in event.detail
+    async with asyncio.timeout(10):
+        while Path(f"/proc/{qemu.pid}/fd").exists() and status_of(qemu)["State"][0] != "Z":
+            await asyncio.sleep(0.01)
+
+
+async def test_an_out_of_memory_kill_is_told_as_such(hypervisor: LibvirtHypervisor) -> None:
+    await hypervisor.boot(real.spec("one", real.real_guest()))
+    qemu = hypervisor.processes("one")[0]
+    limit = memory_limit_of(qemu)
+    if limit is None:
+        pytest.skip("QEMU is in no memory cgroup of its own here")
+    limit_file, used = limit
+    limit_file.write_text(str(used + 1024**2))
+    with pytest.raises(VmGoneError):
+        for number in range(100):
+            await hypervisor.attach_disk("one", real.small_disk(f"layer-{number}"))
+    async with asyncio.timeout(10):
+        assert (await anext(hypervisor.events())).kind is VmEventKind.OOM_KILLED
+
+
+def memory_limit_of(process: ProcessId) -> tuple[Path, int] | None:
+    """Return the file that limits QEMU's own memory cgroup, and how much is used."""
+    for line in Path(f"/proc/{process.pid}/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "qemu" not in path:
+            continue
+        for base, limit, used in (
+            (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+            (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+        ):
+            directory = base / path.lstrip("/")
+            if (controllers in ("memory", "")) and (directory / limit).exists():
+                return directory / limit, int((directory / used).read_text())
+    return None
+
+
+async def test_a_disk_that_qemu_may_not_read(hypervisor: LibvirtHypervisor) -> None:
+    closed = real.root() / "closed"
+    closed.mkdir(mode=0o700, exist_ok=True)
+    path = closed / "layer.img"
+    path.write_bytes(bytes(4096))
+    with pytest.raises(VmError, match="may not pass through") as failure:
+        await hypervisor.boot(real.spec("one", real.real_guest(), disks=(Disk("layer", path),)))
+    assert str(closed) in failure.value.hint
+
+
+# The embedded driver holds its root for as long as the process lives, so each daemon of this test is one of its own.
+# The first boots a VM, starts to boot another, and is killed; the second says what it found.
+DAEMON = """
+import asyncio, json, sys
+from pathlib import Path
+from tests.contract import real_hypervisor as real
+real.root = lambda: Path(sys.argv[1])
+
+async def first(hypervisor):
+    await hypervisor.boot(real.spec("one", real.real_guest()))
+    half = asyncio.create_task(hypervisor.boot(real.spec("two", real.real_guest())))
+    await asyncio.sleep(1.5)
+    print("booted", flush=True)
+    await half
+
+async def second(hypervisor):
+    found = {"list": hypervisor.list(), "files": sorted(path.name for path in (real.root() / "vms").iterdir())}
+    _, writer = await hypervisor.dial("one", real.CALL_PORT)
+    writer.close()
+    await hypervisor.destroy("one")
+    await hypervisor.close()
+    print(json.dumps(found | {"left": real.leftovers()}), flush=True)
+
+async def main():
+    real.INSTANCE = "kill-9"
+    await globals()[sys.argv[2]](await real.opened())
+
+asyncio.run(main())
+"""
+
+
+async def start_daemon(root: Path, which: str) -> tuple[asyncio.subprocess.Process, bytes]:
+    """Start one and return the line it prints."""
+    argv = [sys.executable, "-c", DAEMON, str(root), which]
+    daemon = await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE)
+    assert daemon.stdout is not None
+    async with asyncio.timeout(60):
+        return daemon, await daemon.stdout.readline()
+
+
+async def test_after_kill_9_of_the_daemon() -> None:
+    """Running VMs are adopted, half-booted ones and what is left of dead ones removed."""
+    with tempfile.TemporaryDirectory(prefix="vmrt-hv-") as name:
+        root = Path(name)
+        root.chmod(0o711)
+        daemon, line = await start_daemon(root, "first")
+        assert line == b"booted\n"
+        daemon.kill()
+        await daemon.communicate()
+        assert json.loads((root / "vms" / "two" / "vm.json").read_text())["ready"] is False
+        (root / "vms" / "dead").mkdir()
+
+        daemon, line = await start_daemon(root, "second")
+        await daemon.communicate()
+        assert json.loads(line) == {"list": ["one"], "files": ["one"], "left": []}
