@@ -3,6 +3,7 @@ package interop
 import (
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	internalapi "k8s.io/cri-api/pkg/apis"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	criclient "k8s.io/cri-client/pkg"
+	"k8s.io/klog/v2"
 )
 
 // requestTimeout is kubelet's runtimeRequestTimeout, and half as much again for machines without KVM.
@@ -21,6 +23,13 @@ const requestTimeout = 3 * time.Minute
 
 // noSuchID has the shape of an id and is nobody's.
 const noSuchID = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+
+// TestMain silences the client library: it logs every error, and most of those here are wanted.
+func TestMain(m *testing.M) {
+	klog.LogToStderr(false)
+	klog.SetOutput(io.Discard)
+	os.Exit(m.Run())
+}
 
 // daemon is one connection to vmrt, with both services, as kubelet makes it.
 type daemon struct {
