@@ -7,6 +7,7 @@ traceback, and the machine is powered off: a VM that is gone is something the ho
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -56,14 +57,16 @@ def _send_ready() -> None:
             connection.settimeout(5.0)
             connection.connect((sockets.CID_HOST, layout.READY_PORT))
             connection.sendall(frames.encode(pb.HELLO, notice.SerializeToString()))
+        except OSError:
+            connection.close()
+            time.sleep(0.1)
+            continue
+        with contextlib.suppress(OSError):
             # Until the host closes: data in flight is lost when a vsock transport sees the close first.
             connection.shutdown(_socket.SHUT_WR)
             connection.recv(1)
-            return
-        except OSError:
-            time.sleep(0.1)
-        finally:
-            connection.close()
+        connection.close()
+        return
     console.log("nobody took the ready notice")
 
 

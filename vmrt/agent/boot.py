@@ -7,6 +7,7 @@ only and is logged.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 
 from vmrt.agent import cgroups, console, kernel, layout
@@ -29,8 +30,10 @@ _DEV_LINKS = (("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("
 
 def mount_all() -> None:
     """Make the mounts and the agent's directories. Raises `OSError` when one that nothing works without fails."""
-    mounted = _mounted()
+    mounted: set[str] = set()
     for target, fstype, flags, options in _MOUNTS:
+        # Asked once /proc is there. The kernel itself refuses a second /proc, /sys or /dev (EBUSY).
+        mounted = mounted or _mounted()
         if target in mounted:
             continue
         try:
@@ -38,6 +41,8 @@ def mount_all() -> None:
                 os.makedirs(target, exist_ok=True)  # noqa: PTH103
             kernel.mount(fstype, target, fstype, flags, options)
         except OSError as e:
+            if e.errno == errno.EBUSY:
+                continue
             if target in ("/proc", "/sys", "/dev", "/run", "/sys/fs/cgroup"):
                 raise
             console.log(f"mount {target}: {e.strerror}")

@@ -7,6 +7,7 @@ the protocol is closed; nothing that arrives ends the agent.
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import threading
 
@@ -14,7 +15,6 @@ from vmrt.agent import console, sockets, status, ttrpc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import _socket
     from collections.abc import Callable
 
     from vmrt.agent import agent_pb2 as pb
@@ -41,8 +41,6 @@ class CallConnection:
     def serve(self) -> None:
         """Serve it until the host closes it or breaks the protocol. Never raises."""
         try:
-            with contextlib.suppress(OSError):
-                sockets.limit_send(self._connection, _SEND_TIMEOUT_S)
             while data := self._connection.recv(_READ):
                 for message in self._decoder.feed(data):
                     self._dispatch(message)
@@ -57,8 +55,6 @@ class CallConnection:
 
     def close(self) -> None:
         """Close the connection; calls that run go on, their answers go nowhere."""
-        import _socket
-
         # shutdown() first: it wakes a thread that is blocked in recv(), which close() does not.
         with contextlib.suppress(OSError):
             self._connection.shutdown(_socket.SHUT_RDWR)
@@ -98,11 +94,11 @@ class CallConnection:
     def _send(self, data: bytes) -> None:
         with self._send_lock:
             try:
-                self._connection.sendall(data)
+                sockets.send_all(self._connection, data, _SEND_TIMEOUT_S)
             except OSError:
                 # Gone, or it has not read for _SEND_TIMEOUT_S: half a message makes the connection useless.
                 with contextlib.suppress(OSError):
-                    self._connection.shutdown(2)
+                    self._connection.shutdown(_socket.SHUT_RDWR)
 
 
 class Acceptor:
@@ -143,6 +139,9 @@ class Acceptor:
     def _serve(self, connection: _socket.socket, serve: Callable[[_socket.socket], None]) -> None:
         try:
             serve(connection)
+        except Exception as e:
+            console.log(f"connection: {type(e).__name__}: {e}")
+            connection.close()
         finally:
             self._ended()
 

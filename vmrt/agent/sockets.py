@@ -7,7 +7,7 @@ guest's boot. Objects of either kind work everywhere in the agent, which is how 
 from __future__ import annotations
 
 import _socket
-import struct
+import select
 
 # linux/vm_sockets.h
 CID_ANY = 0xFFFFFFFF
@@ -37,6 +37,17 @@ def is_host(peer: object) -> bool:
     return isinstance(peer, tuple) and len(peer) == 2 and peer[0] == CID_HOST
 
 
-def limit_send(connection: _socket.socket, seconds: int) -> None:
-    """Have a blocking send fail when the peer takes nothing for so long (SO_SNDTIMEO)."""
-    connection.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, struct.pack("=qq", seconds, 0))
+def send_all(connection: _socket.socket, data: bytes, timeout_s: float) -> None:
+    """Send everything on a blocking socket. Raises `OSError`, also when the peer takes nothing for `timeout_s`.
+
+    Not by SO_SNDTIMEO: Python's setsockopt() takes only 64-bit numbers for a vsock.
+    """
+    view = memoryview(data)
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLOUT)
+    while view:
+        try:
+            view = view[connection.send(view, _socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            if not poll.poll(timeout_s * 1000):
+                raise TimeoutError(f"the peer has taken nothing for {timeout_s:g} s") from None
