@@ -1,0 +1,176 @@
+import json
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmrt.hypervisor import domain
+from vmrt.model import Disk, GuestImage, VmSpec
+
+GUEST = GuestImage("v1", 1, Path("/g/vmlinux"), Path("/g/initramfs"), Path("/g/root"), "quiet root=/dev/vda", "6.1")
+QEMU_ARG = f"{{{domain.QEMU_URI}}}commandline/{{{domain.QEMU_URI}}}arg"
+
+
+def spec(**fields: object) -> VmSpec:
+    return VmSpec(**({"vm_id": "abc", "guest": GUEST, "vcpus": 2, "memory_bytes": 256 << 20} | fields))  # type: ignore[arg-type]
+
+
+def wiring(**fields: object) -> domain.Wiring:
+    defaults: dict[str, object] = {
+        "instance": "i1",
+        "accelerator": "tcg",
+        "emulator": Path("/usr/bin/qemu-system-x86_64"),
+        "console_socket": Path("/r/vms/abc/console.sock"),
+        "vsock": domain.VsockDevice(Path("/r/vms/abc/s/vhost")),
+    }
+    return domain.Wiring(**(defaults | fields))  # type: ignore[arg-type]
+
+
+def parsed(spec: VmSpec, wiring: domain.Wiring) -> ET.Element:
+    return ET.fromstring(domain.domain_xml(spec, wiring))
+
+
+def attributes(root: ET.Element, path: str) -> dict[str, str]:
+    element = root.find(path)
+    assert element is not None, path
+    return element.attrib
+
+
+def test_direct_kernel_boot_by_qboot() -> None:
+    root = parsed(spec(), wiring())
+    assert root.findtext("os/loader") == "/usr/share/qemu/qboot.rom"
+    assert root.findtext("os/kernel") == "/g/vmlinux"
+    assert root.findtext("os/initrd") == "/g/initramfs"
+    assert attributes(root, "os/type")["machine"] == "q35"
+    assert root.findtext("memory") == str(256 << 20)
+    assert root.findtext("vcpu") == "2"
+
+
+@pytest.mark.parametrize(
+    ("given_line", "line"),
+    [
+        ("quiet", "quiet console=ttyS0 panic=-1"),
+        ("panic=5 quiet", "panic=5 quiet console=ttyS0"),
+        ("console=hvc0 panic=-1", "console=hvc0 panic=-1"),
+    ],
+)
+def test_an_image_keeps_its_say_on_the_command_line(given_line: str, line: str) -> None:
+    guest = GuestImage("v1", 1, Path("/k"), None, Path("/r"), given_line, "6.1")
+    assert domain.kernel_cmdline(spec(guest=guest)) == line
+    assert parsed(spec(guest=guest), wiring()).find("os/initrd") is None
+
+
+def test_accelerators() -> None:
+    tcg, kvm = parsed(spec(), wiring()), parsed(spec(), wiring(accelerator="kvm"))
+    assert (tcg.get("type"), attributes(tcg, "cpu")["mode"]) == ("qemu", "maximum")
+    assert (kvm.get("type"), attributes(kvm, "cpu")["mode"]) == ("kvm", "host-passthrough")
+
+
+def test_every_end_ends_the_domain() -> None:
+    root = parsed(spec(), wiring())
+    assert [root.findtext(event) for event in ("on_poweroff", "on_reboot", "on_crash")] == ["destroy"] * 3
+
+
+def test_a_vhost_user_device_is_json_and_needs_shared_memory() -> None:
+    root = parsed(spec(), wiring(vsock=domain.VsockDevice(Path("/r/a,b/vhost"))))
+    arguments = [element.get("value", "") for element in root.findall(QEMU_ARG)]
+    assert arguments[0::2] == ["-chardev", "-device"]
+    assert arguments[1] == "socket,id=vmrt-vsock-chr,path=/r/a,,b/vhost"
+    assert json.loads(arguments[3])["driver"] == "vhost-user-vsock-pci"
+    assert attributes(root, "memoryBacking/source")["type"] == "memfd"
+    assert attributes(root, "memoryBacking/access")["mode"] == "shared"
+    assert root.find("devices/vsock") is None
+
+
+def test_the_kernels_vsock_needs_neither() -> None:
+    root = parsed(spec(), wiring(vsock=domain.VsockDevice(None)))
+    assert root.findall(QEMU_ARG) == []
+    assert root.find("memoryBacking") is None
+    assert attributes(root, "devices/vsock/cid")["auto"] == "yes"
+
+
+def test_a_share_is_a_vhost_user_device_too() -> None:
+    root = parsed(spec(), wiring(vsock=domain.VsockDevice(None), share_socket=Path("/r/fs")))
+    assert attributes(root, "devices/filesystem/source")["socket"] == "/r/fs"
+    assert attributes(root, "devices/filesystem/target")["dir"] == domain.SHARE_TAG
+    assert root.find("memoryBacking") is not None
+
+
+def test_nic_is_an_existing_tap_that_libvirt_leaves_alone() -> None:
+    root = parsed(spec(tap="vt0", mac="02:00:00:00:00:07", mtu=1450), wiring())
+    assert attributes(root, "devices/interface/target") == {"dev": "vt0", "managed": "no"}
+    assert attributes(root, "devices/interface/mac")["address"] == "02:00:00:00:00:07"
+    assert attributes(root, "devices/interface/mtu")["size"] == "1450"
+    assert parsed(spec(), wiring()).find("devices/interface") is None
+
+
+def test_no_needless_devices() -> None:
+    devices = parsed(spec(), wiring()).find("devices")
+    assert devices is not None
+    assert {element.tag for element in devices} == {"emulator", "disk", "controller", "serial", "memballoon", "rng"}
+    assert attributes(devices, "memballoon")["model"] == "none"
+    assert attributes(devices, "controller[@type='usb']")["model"] == "none"
+
+
+def test_pci_slots_are_used_once() -> None:
+    root = parsed(spec(tap="vt0", mac="02:00:00:00:00:07"), wiring(share_socket=Path("/r/fs")))
+    slots = [element.get("slot") for element in root.iterfind(".//address[@type='pci']")]
+    device = json.loads(root.findall(QEMU_ARG)[3].get("value", ""))
+    slots.append(f"{int(device['addr'], 16):#04x}")
+    assert len(slots) == len(set(slots)) == 6
+
+
+def test_disks_are_luns_found_by_serial() -> None:
+    disks = (Disk("scratch-1", Path("/d/s"), readonly=False), Disk("layer-1", Path("/d/l")))
+    xml = domain.domain_xml(spec(disks=disks), wiring())
+    assert domain.disks_in(xml) == domain.units_of(spec(disks=disks)) == {"scratch-1": 0, "layer-1": 1}
+    root = ET.fromstring(xml)
+    scratch, layer = root.findall("devices/disk")[1:]
+    assert scratch.find("readonly") is None
+    assert attributes(scratch, "driver")["discard"] == "unmap"
+    assert layer.find("readonly") is not None
+    assert attributes(root, "devices/disk/target") == {"dev": "vda", "bus": "virtio"}
+    assert root.findtext("devices/disk/serial") == domain.ROOT_SERIAL
+
+
+def test_a_hot_plugged_disk_takes_the_lowest_free_lun() -> None:
+    assert domain.free_unit({}) == 0
+    assert domain.free_unit({"a": 0, "c": 2}) == 1
+    disk = ET.fromstring(domain.disk_xml(Disk("layer-9", Path("/d/l")), 27))
+    assert attributes(disk, "target") == {"dev": "sdab", "bus": "scsi"}
+    assert attributes(disk, "address")["unit"] == "27"
+
+
+@given(st.sets(st.integers(0, 5000), min_size=2, max_size=2))
+def test_disk_names_differ(units: set[int]) -> None:
+    names = {attributes(ET.fromstring(domain.disk_xml(Disk("s", Path("/d")), unit)), "target")["dev"] for unit in units}
+    assert len(names) == 2
+
+
+def test_metadata_names_the_owner() -> None:
+    root = parsed(spec(), wiring())
+    element = root.find(f"metadata/{{{domain.METADATA_URI}}}vm")
+    assert element is not None
+    assert domain.identity_in(ET.tostring(element, encoding="unicode")) == domain.DomainIdentity("i1", "abc")
+    assert root.findtext("name") == domain.domain_name("i1", "abc") == "vmrt-i1-abc"
+
+
+@pytest.mark.parametrize("metadata", ["", "<a", "<vm/>", "<vm instance='i'/>", "<vm instance='i' id=''/>"])
+def test_foreign_metadata_is_nobodys(metadata: str) -> None:
+    assert domain.identity_in(metadata) is None
+
+
+def test_text_from_the_outside_cannot_leave_its_place() -> None:
+    hostile = "</cmdline></os><evil/>\"'&"
+    guest = GuestImage("v1", 1, Path("/k"), None, Path(f"/r{hostile}"), hostile, "6.1")
+    root = parsed(spec(guest=guest, disks=(Disk("s", Path(f"/d{hostile}")),)), wiring())
+    assert root.find(".//evil") is None
+    assert attributes(root, "devices/disk/source")["file"] == f"/r{hostile}"
+
+
+def test_cid_of_a_live_domain() -> None:
+    xml = "<domain><devices><vsock model='virtio'><cid auto='yes' address='17'/></vsock></devices></domain>"
+    assert domain.cid_in(xml) == 17
+    assert domain.cid_in("<domain><devices/></domain>") is None
