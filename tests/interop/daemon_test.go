@@ -3,7 +3,6 @@ package interop
 import (
 	"context"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -26,8 +25,7 @@ const noSuchID = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcd
 
 // TestMain silences the client library: it logs every error, and most of those here are wanted.
 func TestMain(m *testing.M) {
-	klog.LogToStderr(false)
-	klog.SetOutput(io.Discard)
+	klog.SetLogger(klog.Logger{})
 	os.Exit(m.Run())
 }
 
