@@ -17,7 +17,7 @@ import threading
 import time
 
 from vmrt.agent import agent_pb2 as pb
-from vmrt.agent import cgroups, console, crun, layout, output, rootfs, spec, status, users
+from vmrt.agent import cgroups, console, crun, kernel, layout, output, rootfs, spec, status, users
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -194,13 +194,7 @@ class Containers:
         try:
             passwd, group = (users.read_text(root_fd, path) for path in ("etc/passwd", "etc/group"))
             container.identity = users.resolve(request.user, passwd, group)
-            if request.create_working_dir:
-                try:
-                    users.make_directory(root_fd, wanted["process"]["cwd"])
-                except OSError as e:
-                    raise status.AgentError(
-                        status.INVALID_ARGUMENT, f"working directory {wanted['process']['cwd']}: {e.strerror}"
-                    ) from e
+            _check_working_dir(root_fd, wanted, create=request.create_working_dir)
         finally:
             os.close(root_fd)
 
@@ -374,6 +368,24 @@ class Containers:
         if container.exit is not None:
             info.exit.CopyFrom(container.exit.frame())
         return info
+
+
+def _check_working_dir(root_fd: int, wanted: dict[str, Any], *, create: bool) -> None:
+    """Make the working directory or refuse one that is absent: crun would make it without a word.
+
+    One that lies on a mount of the container is not looked for: it is there only once crun has mounted.
+    """
+    cwd = wanted["process"]["cwd"]
+    targets = [str(mount.get("destination", "")).rstrip("/") for mount in wanted.get("mounts", [])]
+    if any(cwd == target or cwd.startswith(f"{target}/") for target in targets):
+        return
+    try:
+        if create:
+            users.make_directory(root_fd, cwd)
+        else:
+            os.close(kernel.open_in_root(root_fd, cwd, os.O_PATH | os.O_DIRECTORY))
+    except OSError as e:
+        raise status.AgentError(status.INVALID_ARGUMENT, f"working directory {cwd}: {e.strerror}") from e
 
 
 def _write_json(path: str, value: object) -> None:
