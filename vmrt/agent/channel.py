@@ -28,14 +28,14 @@ class Channel:
     """Framed connection. Every method but `flush` is non-blocking."""
 
     def __init__(self, connection: _socket.socket) -> None:
-        self.connection = connection
+        self._connection = connection
         self._decoder = frames.Decoder(frames.FROM_HOST)
         self._out = bytearray()
         connection.setblocking(False)
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
-        return self.connection.fileno()
+        return self._connection.fileno()
 
     @property
     def congested(self) -> bool:
@@ -54,7 +54,7 @@ class Channel:
     def receive(self) -> list[frames.Frame]:
         """Return the frames that are here now. Raises `Closed` at the end of the connection or for a broken frame."""
         try:
-            data = self.connection.recv(_READ)
+            data = self._connection.recv(_READ)
         except BlockingIOError:
             return []
         except OSError as e:
@@ -75,7 +75,7 @@ class Channel:
         """Send what the socket takes. Raises `Closed`."""
         while self._out:
             try:
-                sent = self.connection.send(memoryview(self._out)[:_READ])
+                sent = self._connection.send(memoryview(self._out)[:_READ])
             except BlockingIOError:
                 return
             except OSError as e:
@@ -102,8 +102,8 @@ class Channel:
             if left <= 0 or not poll.poll(left * 1000):
                 raise Closed("no hello in time")
             try:
-                data = self.connection.recv(_READ)
-                # Only the first frame: what follows may be meant for a stream without frames.
+                data = self._connection.recv(_READ)
+                # Only the first frame: what follows is the session's, once there is one (`pending`).
                 received = self._decoder.feed(data, 1)
                 if received and received[0].type == pb.HELLO:
                     return received[0].parse(pb.StreamHello)
@@ -126,14 +126,10 @@ class Channel:
         except frames.FrameError as e:
             raise Closed(str(e)) from e
 
-    def take_rest(self) -> bytes:
-        """Take the octets behind the hello, for a stream without frames."""
-        return self._decoder.take_rest()
-
     def close(self) -> None:
         """Close the connection."""
         with contextlib.suppress(OSError):
-            self.connection.close()
+            self._connection.close()
 
 
 class Pollset:

@@ -99,12 +99,6 @@ class Decoder:
         """Whether the stream stands between two frames, where an EOF is a clean one."""
         return not self._buffer
 
-    def take_rest(self) -> bytes:
-        """Take the octets that have not become frames: the first ones after the hello of an unframed stream."""
-        rest = bytes(self._buffer)
-        self._buffer.clear()
-        return rest
-
 
 def close_frame(stream: int) -> bytes:
     """Return the CLOSE frame for STDIN, STDOUT or STDERR."""

@@ -67,7 +67,7 @@ class Streams:
         elif kind == "attach":
             AttachSession(channel, self._reaper, self._containers.get(hello.attach.container_id), hello.attach).run()
         elif kind == "dial":
-            serve_dial(channel, hello.dial.port)
+            DialSession(channel, hello.dial.port).run()
         else:
             raise status.AgentError(status.UNIMPLEMENTED, "the hello names no stream that this agent knows")
 
@@ -239,19 +239,89 @@ class AttachSession:
             self._container.close_stdin()
 
 
-def serve_dial(channel: Channel, port: int) -> None:
-    """Connect to a TCP port of the pod's loopback and pass octets both ways, half-closes too."""
-    if not 0 < port < 65536:
-        raise status.AgentError(status.INVALID_ARGUMENT, f"{port} is no TCP port")
-    target = _connect_loopback(port)
-    try:
-        channel.reply()
-        channel.flush()
-        _splice(channel.connection, target, channel.take_rest())
-    except OSError as e:
-        raise Closed(str(e)) from e
-    finally:
-        target.close()
+class DialSession:
+    """A TCP connection to the pod's loopback, octets and half-closes in frames both ways."""
+
+    def __init__(self, channel: Channel, port: int) -> None:
+        if not 0 < port < 65536:
+            raise status.AgentError(status.INVALID_ARGUMENT, f"{port} is no TCP port")
+        self._channel = channel
+        self._target = _connect_loopback(port)
+        self._target.setblocking(False)
+        self._data = bytearray()  # on its way to the target
+        self._host_ended = False
+        self._told_target = False
+        self._target_ended = False
+
+    def run(self) -> None:
+        """Serve until both directions have ended or a side breaks."""
+        channel = self._channel
+        try:
+            channel.reply()
+            for frame in channel.pending():
+                self._handle(frame)
+            while not (self._told_target and self._target_ended):
+                self._turn()
+            channel.flush()
+        except OSError:
+            pass  # reset by the target: the connection ends without CLOSE
+        finally:
+            self._target.close()
+
+    def _turn(self) -> None:
+        channel = self._channel
+        polls = Pollset()
+        polls.add(channel.fileno(), channel.interest(read=len(self._data) < _DIAL_BUFFER))
+        wanted = select.POLLOUT if self._data else 0
+        if not self._target_ended and not channel.congested:
+            wanted |= select.POLLIN
+        if wanted:
+            polls.add(self._target.fileno(), wanted)
+        ready = polls.wait()
+        host, target = ready.get(channel.fileno(), 0), ready.get(self._target.fileno(), 0)
+        if host & select.POLLOUT:
+            channel.push()
+        if host & select.POLLIN:
+            for frame in channel.receive():
+                self._handle(frame)
+        elif host & HANGUP:
+            raise Closed("hung up")
+        if target & wanted & select.POLLIN or (target & HANGUP and not self._target_ended):
+            self._read_target()
+        if target & select.POLLOUT:
+            self._write_target()
+
+    def _handle(self, frame: frames.Frame) -> None:
+        try:
+            if frame.type == pb.STDIN and not self._host_ended:
+                self._data += frame.payload
+            elif frame.type == pb.CLOSE and frames.closed_stream(frame) == pb.STDIN:
+                self._host_ended = True
+            else:
+                raise Closed(f"frame of type {frame.type} on a dialled stream")
+        except frames.FrameError as e:
+            raise Closed(str(e)) from e
+        self._write_target()
+
+    def _write_target(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._data:
+                del self._data[: self._target.send(self._data)]
+        if self._host_ended and not self._data and not self._told_target:
+            self._told_target = True
+            with contextlib.suppress(OSError):  # it may have gone meanwhile
+                self._target.shutdown(_socket.SHUT_WR)
+
+    def _read_target(self) -> None:
+        try:
+            data = self._target.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        if data:
+            self._channel.send(frames.encode(pb.STDOUT, data))
+            return
+        self._target_ended = True
+        self._channel.send(frames.close_frame(pb.STDOUT))
 
 
 def _connect_loopback(port: int) -> _socket.socket:
@@ -267,53 +337,3 @@ def _connect_loopback(port: int) -> _socket.socket:
         else:
             return target
     raise status.AgentError(status.NOT_FOUND, f"nothing answers on port {port} of the pod: {'; '.join(refusals)}")
-
-
-class _Direction:
-    """Octets on their way from one socket to the other."""
-
-    def __init__(self, source: _socket.socket, sink: _socket.socket, first: bytes = b"") -> None:
-        self.source = source
-        self.sink = sink
-        self.data = bytearray(first)
-        self.reading = True
-        self.done = False
-
-    def turn(self, readable: bool, writable: bool) -> None:
-        if readable and self.reading:
-            try:
-                data = self.source.recv(65536)
-                self.reading = bool(data)
-                self.data += data
-            except BlockingIOError:
-                pass
-        if self.data and (writable or readable):
-            with contextlib.suppress(BlockingIOError):
-                del self.data[: self.sink.send(self.data)]
-        if not self.reading and not self.data and not self.done:
-            self.done = True
-            with contextlib.suppress(OSError):
-                self.sink.shutdown(_socket.SHUT_WR)
-
-
-def _splice(one: _socket.socket, other: _socket.socket, first: bytes) -> None:
-    """Pass octets both ways until both directions have ended. Raises `OSError` when a side breaks."""
-    one.setblocking(False)
-    other.setblocking(False)
-    directions = (_Direction(one, other, first), _Direction(other, one))
-    while not all(direction.done for direction in directions):
-        wanted: dict[int, int] = {one.fileno(): 0, other.fileno(): 0}
-        for direction in directions:
-            if direction.reading and len(direction.data) < _DIAL_BUFFER:
-                wanted[direction.source.fileno()] |= select.POLLIN
-            if direction.data:
-                wanted[direction.sink.fileno()] |= select.POLLOUT
-        polls = Pollset()
-        for fd, events in wanted.items():
-            polls.add(fd, events)
-        ready = polls.wait()
-        for direction in directions:
-            source, sink = ready.get(direction.source.fileno(), 0), ready.get(direction.sink.fileno(), 0)
-            if sink & select.POLLERR or (sink & select.POLLHUP and direction.data):
-                raise OSError("the other side broke the connection")
-            direction.turn(bool(source & (select.POLLIN | select.POLLHUP)), bool(sink & select.POLLOUT))

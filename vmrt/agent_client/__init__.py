@@ -24,9 +24,9 @@ from vmrt import errors
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent import layout, status
 from vmrt.agent_client.calls import Calls, translate
-from vmrt.agent_client.streams import OutputSession, Session, Stream
+from vmrt.agent_client.streams import DialSession, OutputSession, Session, Stream
 
-__all__ = ["AgentClient", "Connection", "Dial", "OutputSession", "Session"]
+__all__ = ["AgentClient", "Connection", "Dial", "DialSession", "OutputSession", "Session"]
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Dial = Callable[[int], Awaitable[Connection]]
@@ -177,11 +177,12 @@ class AgentClient:
             self.forget(stream)
             stream.close()
 
-    async def dial_port(self, port: int) -> Connection:
-        """Connect to a TCP port of the pod's loopback; `NotFoundError` when nothing answers. The caller closes it."""
-        stream = await self.open_stream(pb.StreamHello(dial=pb.DialStream(port=port)), "dial")
-        self.forget(stream)
-        return stream.reader, stream.writer
+    def dial_port(self, port: int) -> DialSession:
+        """Return a session, to be opened by `async with`, on a TCP port of the pod's loopback.
+
+        Opening raises `NotFoundError` when nothing answers there.
+        """
+        return DialSession(self, pb.StreamHello(dial=pb.DialStream(port=port)), f"dial port {port}")
 
     # --- connections --------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ class Stream:
         self._frames: list[frames.Frame] = []
 
     async def open(self, hello: pb.StreamHello) -> None:
-        """Send the hello and take the reply, exactly: what follows may be a stream without frames."""
+        """Send the hello and take the reply."""
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 await self.send(frames.encode(pb.HELLO, hello.SerializeToString()))
@@ -225,3 +225,33 @@ class OutputSession(_Opened):
         """Tell the agent that all octets below these offsets are stored."""
         ack = pb.OutputAck(stdout_offset=stdout_offset, stderr_offset=stderr_offset)
         await self._stream.send(frames.encode(pb.ACK, ack.SerializeToString()))
+
+
+class DialSession(_Opened):
+    """A TCP connection to a port of the pod's loopback."""
+
+    def __init__(self, client: Opener, hello: pb.StreamHello, phase: str) -> None:
+        super().__init__(client, hello, phase)
+        self._ended = False
+
+    async def read(self) -> bytes:
+        """Return the next octets, nothing at the other side's end of file. Raises `UnavailableError` when reset."""
+        while not self._ended:
+            frame = await self._stream.next()
+            if frame is None:
+                raise self._stream.unavailable("the connection was reset")
+            if frame.type == pb.CLOSE:
+                self._ended = True
+            elif frame.type != pb.STDOUT:
+                raise self._stream.broken(f"frame of type {frame.type} on a dialled stream")
+            elif frame.payload:
+                return frame.payload
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        """Send octets, waiting while the other side takes none."""
+        await self._stream.send(frames.encode_data(pb.STDIN, data))
+
+    async def write_eof(self) -> None:
+        """Half-close: the other side sees end of file and may still send."""
+        await self._stream.send(frames.close_frame(pb.STDIN))
