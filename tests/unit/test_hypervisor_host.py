@@ -17,7 +17,7 @@ from vmrt.hypervisor import accel, emulator, oom, record, vhost_vsock, virtiofsd
 from vmrt.hypervisor.accel import Accelerator, KvmProbe, Verdict, probe_rom
 from vmrt.hypervisor.access import ROOT_USER, QemuUser, permits, require_readable
 from vmrt.hypervisor.console import Console, ConsoleRing
-from vmrt.hypervisor.libvirt_host import qemu_conf
+from vmrt.hypervisor.libvirt_host import qemu_conf, shortened
 from vmrt.hypervisor.record import Helper, VmRecord
 from vmrt.hypervisor.vm import ProcessWatch, Vm, VmState, wait_gone
 from vmrt.hypervisor.vsock import HybridVsock
@@ -217,6 +217,13 @@ def test_qemu_conf() -> None:
     assert "dynamic_ownership = 0" in lines
     assert "seccomp_sandbox = 1" in lines
     assert 'namespaces = ["mount"]' in lines
+
+
+def test_a_long_message_keeps_its_cause() -> None:
+    assert shortened("short") == "short"
+    text = shortened("Child process (" + "x" * 5000 + ") unexpected fatal signal 6")
+    assert text.startswith("Child process (") and text.endswith("signal 6")
+    assert len(text) < 1010
 
 
 def test_virtiofsd_dialects(tmp_path: Path) -> None:

@@ -204,19 +204,19 @@ class LibvirtHypervisor:
 
         It goes on when a caller is cancelled: half an undo is worth nothing.
         """
-        if vm.teardown is None:
-            vm.teardown = self._to_the_end(self._remove(vm))
-        while not vm.teardown.done():
-            try:
-                await asyncio.shield(vm.teardown)
-            except asyncio.CancelledError:
-                await asyncio.wait([vm.teardown])
-                raise
-        vm.teardown.result()
+        task = vm.teardown
+        if task is None:
+            task = vm.teardown = self._to_the_end(self._remove(vm))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait([task])
+            raise
 
     async def _remove(self, vm: Vm) -> None:
         was_running = vm.state is VmState.RUNNING
-        vm.move(VmState.DESTROYED)
+        if vm.state is not VmState.DESTROYED:  # it is when an earlier teardown failed
+            vm.move(VmState.DESTROYED)
         if vm.set_end(VmEventKind.STOPPED, "destroyed") and was_running:
             self._events.put_nowait(VmEvent(vm.vm_id, VmEventKind.STOPPED, "destroyed"))
         vm.unwatch()
@@ -233,7 +233,12 @@ class LibvirtHypervisor:
                 log.error("vm %s: process %d survives SIGKILL for %g s", vm.vm_id, process.pid, _KILL_TIMEOUT_S)
         if qemu is None:
             # No process that we know of: whatever libvirt has by this name goes its way.
-            await self._host.destroy(vm.domain)
+            try:
+                await self._host.destroy(vm.domain)
+            except VmrtError:
+                vm.teardown = None  # the next destroy tries again
+                raise
+            self._host.drop_log(vm.domain)
         await vm.vsock.close()
         await vm.console.close()
         await asyncio.to_thread(shutil.rmtree, vm.paths.directory, ignore_errors=True)
@@ -248,7 +253,8 @@ class LibvirtHypervisor:
         """
         try:
             async with asyncio.timeout(_LET_GO_TIMEOUT_S):
-                await vm.stopped.wait()
+                if await self._host.exists(vm.domain):
+                    await vm.stopped.wait()
                 # The event comes a moment before the domain's name is free.
                 while True:
                     if not await self._host.exists(vm.domain):

@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 # One thread a boot or attach at work: libvirt serialises per domain and parallelises between them.
 _THREADS = 8
+_MESSAGE_LIMIT = 1000
+_MESSAGE_HEAD = 200
 _GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 
 
@@ -77,6 +79,13 @@ def qemu_conf(user: str, group: str) -> str:
         "set_process_name": 1,
     }
     return "".join(f"{key} = {_conf_value(value)}\n" for key, value in settings.items())
+
+
+def shortened(message: str) -> str:
+    """Return a message with its middle left out: libvirt quotes QEMU's whole command line, and the cause comes last."""
+    if len(message) <= _MESSAGE_LIMIT:
+        return message
+    return f"{message[:_MESSAGE_HEAD]} [...] {message[_MESSAGE_HEAD - _MESSAGE_LIMIT :]}"
 
 
 def _conf_value(value: str | int | list[str]) -> str:
@@ -165,7 +174,7 @@ class LibvirtHost:
             raise
         except libvirt.libvirtError as e:
             code = e.get_error_code()
-            message = (e.get_error_message() or str(e)).strip()
+            message = shortened((e.get_error_message() or str(e)).strip())
             kind = VmGoneError if code == libvirt.VIR_ERR_NO_DOMAIN else VmError
             raise kind(message, phase=phase, resource=resource) from e
         except OSError as e:
