@@ -66,7 +66,7 @@ class Crun:
         if not self._version:
             reader, writer = os.pipe()
             try:
-                self._reaper.spawn(["crun", "--version"], stdout=writer).wait(DEFAULT_TIMEOUT_S)
+                self._reaper.spawn(["crun", "--version"], stdout=writer).wait(10.0)
                 os.set_blocking(reader, False)
                 self._version = os.read(reader, 4096).decode(errors="replace").partition("\n")[0]
             except OSError:

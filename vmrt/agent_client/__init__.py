@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -158,7 +158,7 @@ class AgentClient:
         request = pb.OutputStream(container_id=container_id, stdout_offset=stdout_offset, stderr_offset=stderr_offset)
         return OutputSession(self, pb.StreamHello(output=request), "output")
 
-    async def events(self, after: int = 0) -> AsyncIterator[pb.Event]:
+    async def events(self, after: int = 0) -> AsyncGenerator[pb.Event, None]:
         """Yield the events behind number `after`, for ever. Raises `UnavailableError` when the connection ends."""
         stream = await self.open_stream(pb.StreamHello(events=pb.EventStream(after=after)), "events")
         try:
