@@ -30,6 +30,7 @@ PHASE = "guest image"
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 KERNEL_FILE = "vmlinux"
 INITRAMFS_FILE = "initramfs.cpio"
+_BUILD_PREFIX = ".build-"
 REQUIRED = Path(__file__).parents[2] / "firmware" / "kernel.required"
 _AGENT = Path(__file__).parents[1] / "agent"
 _ROOM = Path(__file__).parent
@@ -112,7 +113,8 @@ async def build(
         raise UnsupportedError(f"guest images are built on x86_64 only, this is {platform.machine()}", phase=PHASE)
     cache = cache or default_cache()
     try:
-        with _locked(cache, progress or _silent):
+        with _locked(cache, progress or _silent), _locked(output, progress or _silent):
+            await asyncio.to_thread(_sweep, cache, output)
             job = await _Job.prepare(output, cache, progress or _silent, agent)
             return await job.run()
     except OSError as e:
@@ -149,8 +151,7 @@ class _Job:
         image = await asyncio.to_thread(self._existing, version)
         if image is None:
             self.say(f"building guest image {version}")
-            self.output.mkdir(parents=True, exist_ok=True)
-            with staged_directory(self.output / version, prefix=".build-") as work:
+            with staged_directory(self.output / version, prefix=_BUILD_PREFIX) as work:
                 await self._make(work, version)
             image = manifest.load(self.output / version, verify=False)
             size = image.rootfs.stat().st_size / 1e6
@@ -327,10 +328,22 @@ def _fresh_directory(path: Path) -> None:
     path.mkdir(parents=True)
 
 
+def _sweep(cache: Path, output: Path) -> None:
+    """Remove what killed builds have left; we hold both directories' locks."""
+    for directory, pattern in ((output, f"{_BUILD_PREFIX}*"), (cache, "fetch-*"), (cache, "resolve-*")):
+        for path in directory.glob(pattern):
+            shutil.rmtree(path)
+    for path in (cache / "unpacked").glob("unpack-*"):
+        shutil.rmtree(path)
+
+
 @contextlib.contextmanager
-def _locked(cache: Path, progress: Progress) -> Iterator[None]:
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "lock").open("w") as file:
+def _locked(directory: Path, progress: Progress) -> Iterator[None]:
+    """Keep other builds out of a directory, which is made if need be."""
+    if not directory.is_dir():
+        directory.mkdir(parents=True)
+        directory.chmod(0o755)  # whatever the umask: QEMU's user reads images
+    with (directory / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

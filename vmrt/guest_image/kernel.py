@@ -11,6 +11,7 @@ import ctypes
 import gzip
 import lzma
 import struct
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def vmlinux(bzimage: bytes, *, name: str = "bzImage") -> bytes:
         raise VmrtError("the payload is cut short", phase=PHASE, resource=name)
     try:
         elf = _decompress(payload)
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as e:
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as e:
         raise VmrtError(f"cannot decompress the payload: {e}", phase=PHASE, resource=name) from e
     if elf[:4] != b"\x7fELF":
         raise VmrtError("the payload is no ELF file", phase=PHASE, resource=name)

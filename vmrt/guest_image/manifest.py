@@ -105,7 +105,7 @@ def loads(text: str, *, resource: str) -> Manifest:
         files = fields["files"]
         return Manifest(
             version=_text(fields["version"]),
-            protocol=int(fields["protocol"]),
+            protocol=_count(fields["protocol"]),
             kernel_release=_text(fields["kernel_release"]),
             cmdline=_text(fields["cmdline"]),
             filesystem=_text(fields["filesystem"]),
@@ -124,11 +124,17 @@ def _text(value: object) -> str:
     return value
 
 
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise TypeError(f"{value!r} is no count")
+    return value
+
+
 def _file(entry: Mapping[str, Any]) -> ImageFile:
     name = _text(entry["name"])
     if "/" in name or name in ("", ".", ".."):
         raise ValueError(f"{name!r} is no plain file name")
-    return ImageFile(name, int(entry["size"]), _text(entry["sha256"]))
+    return ImageFile(name, _count(entry["size"]), _text(entry["sha256"]))
 
 
 def directory_of(image: Path) -> Path:
