@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 
@@ -28,6 +29,8 @@ async def serve(config: Config) -> None:
 
     Raises `VmrtError` when it cannot start (root in use, no guest image, socket taken, libvirt or CNI broken).
     """
+    # libvirt's embedded driver forks in this process to start QEMU; grpc's fork handlers abort that child.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     # Imported here so that the command line's other commands start without libvirt, pyroute2 and grpc.
     from vmrt import guest_image
     from vmrt.cri.server import CriServer
