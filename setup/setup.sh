@@ -203,6 +203,12 @@ step_stubs() {
 # --- what QEMU needs of the host --------------------------------------------------------------------------------------
 
 step_user() {
+    # Debian's libvirt looks its own built-in user up before it reads which one to use instead.
+    if ! getent passwd libvirt-qemu >/dev/null; then
+        need_root "making the user libvirt-qemu"
+        work "useradd" "look at /etc/passwd" useradd --system --user-group --no-create-home --home-dir /nonexistent \
+            --shell /usr/sbin/nologin libvirt-qemu
+    fi
     if ! getent passwd "$QEMU_USER" >/dev/null; then
         need_root "making the user $QEMU_USER"
         say "user $QEMU_USER, as whom QEMU runs"

@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
 
 from vmrt import __version__
 from vmrt.config import Config
@@ -21,7 +23,19 @@ def main() -> None:
     from vmrt.cli.app import cli
 
     vmrt.cli.daemon = serve
-    cli()
+    vmrt.cli.kvm_failure = kvm_failure
+    cli(prog_name="vmrt")
+
+
+async def kvm_failure(config: Config) -> str:
+    """Boot a tiny guest under KVM; return why it does not work, "" when it does."""
+    from vmrt.hypervisor.accel import KvmProbe
+
+    h = config.hypervisor
+    with tempfile.TemporaryDirectory(prefix="vmrt-doctor-") as cache:
+        probe = KvmProbe(h.qemu_binary, h.qemu_user, h.qemu_group, Path(cache) / "kvm.json")
+        verdict = await probe.firmware()
+    return "" if verdict.usable else verdict.reason or "QEMU did not say why"
 
 
 async def serve(config: Config) -> None:

@@ -235,15 +235,21 @@ def test_lists_and_filters(pod: Pod) -> None:
 
 def test_stop_and_remove_a_pod_with_running_containers(daemon: Daemon, tmp_path: Path) -> None:
     pod = run_pod(daemon, tmp_path, "short", port_mappings=[cri.PortMapping(container_port=80)])
-    container = pod.run("sh", "-c", "trap '' TERM; echo started; sleep 1000")
+    container = pod.run("sh", "-c", "trap '' TERM; seq 1 5000; sleep 1000")
     runtime = daemon.runtime
+    for _ in range(200):
+        if log_text(Path(pod.status(container).log_path)):
+            break
+        time.sleep(0.02)
     for _ in range(2):
         runtime.StopPodSandbox(cri.StopPodSandboxRequest(pod_sandbox_id=pod.id))
     status = runtime.PodSandboxStatus(cri.PodSandboxStatusRequest(pod_sandbox_id=pod.id)).status
     assert status.state == cri.SANDBOX_NOTREADY
     ended = pod.status(container)
     assert (ended.state, ended.exit_code) == (cri.CONTAINER_EXITED, 137)
-    assert log_text(Path(ended.log_path)) == "started\n"
+    written = log_text(Path(ended.log_path))
+    assert written.startswith("1\n2\n3\n")
+    assert written == "".join(f"{n}\n" for n in range(1, written.count("\n") + 1))
     assert code_of(lambda: pod.create("true")) is grpc.StatusCode.FAILED_PRECONDITION
     for _ in range(2):
         runtime.RemovePodSandbox(cri.RemovePodSandboxRequest(pod_sandbox_id=pod.id))

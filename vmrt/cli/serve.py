@@ -13,6 +13,7 @@ import click
 
 import vmrt.cli
 from vmrt import config as configuration
+from vmrt.cli.command import Command
 from vmrt.errors import VmrtError
 
 
@@ -40,7 +41,15 @@ def _set_up_logging(config: configuration.LogConfig) -> None:
     logging.getLogger("pyroute2").setLevel(logging.INFO)
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples="""
+    vmrt serve
+    vmrt serve --root /srv/vmrt --listen unix:///run/vmrt2.sock
+    vmrt serve --config ./test.toml --log-level debug
+    vmrt serve --check
+    """,
+)
 @click.option(
     "--config",
     "config_files",
@@ -61,17 +70,10 @@ def serve(
     log_level: str | None,
     check: bool,
 ) -> None:
-    r"""Serve CRI v1 until SIGTERM; running pods outlive the daemon.
+    """Serve CRI v1 until SIGTERM; running pods outlive the daemon.
 
     Several daemons can live on one machine when each has its own --root and --listen. Options win over files. Stopping
     or upgrading the daemon touches no pod: the next one adopts the running VMs of its root.
-
-    \b
-    Examples:
-      vmrt serve
-      vmrt serve --root /srv/vmrt --listen unix:///run/vmrt2.sock
-      vmrt serve --config ./test.toml --log-level debug
-      vmrt serve --check
     """
     if vmrt.cli.daemon is None:
         raise click.ClickException("the daemon is started as `vmrt serve` or `python -m vmrt serve` only")
