@@ -6,9 +6,12 @@ Used by the demonstration and by every end-to-end test. Looks at the kernel itse
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+from vmrt.pods.table import instance_tag
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +35,18 @@ class Snapshot:
         return found
 
 
-def snapshot(root: Path) -> Snapshot:
-    """Look at the host. Processes, mounts and files are those that name `root`; links and firewall rules are all."""
+def snapshot(root: Path, networks: Sequence[str] = ()) -> Snapshot:
+    """Look at the host for what belongs to the daemon of `root`; other daemons may come and go meanwhile.
+
+    Processes, mounts and files are those that name `root`; links and firewall rules those that carry the daemon's
+    instance tag, or name one of `networks` (CNI networks that the test configured), and veths that belong to no bridge.
+    """
+    tag = instance_tag(root)
     return Snapshot(
         processes=frozenset(_processes(str(root))),
-        links=frozenset(_links()),
+        links=frozenset(_links(tag)),
         mounts=frozenset(_mounts(str(root))),
-        firewall=frozenset(_firewall()),
+        firewall=frozenset(_firewall((tag, *networks))),
         loops=frozenset(_loops(str(root))),
         files=frozenset(_files(root)),
     )
@@ -55,9 +63,21 @@ def _processes(root: str) -> Iterator[str]:
             yield f"pid {directory.name}: {command[:120]}"
 
 
-def _links() -> Iterator[str]:
-    for link in Path("/sys/class/net").iterdir():
-        yield link.name
+def _links(tag: str) -> Iterator[str]:
+    """Taps and bridges named after the instance, and veths that stay without a bridge (a new one gets its own soon)."""
+    named = {link.name for link in _net() if tag in link.name or link.name.startswith(f"vt{tag[:4]}")}
+    loose = _loose_veths()
+    if loose:
+        time.sleep(0.3)
+    yield from named | (loose & _loose_veths())
+
+
+def _net() -> list[Path]:
+    return list(Path("/sys/class/net").iterdir())
+
+
+def _loose_veths() -> set[str]:
+    return {link.name for link in _net() if link.name.startswith("veth") and not (link / "master").exists()}
 
 
 def _mounts(root: str) -> Iterator[str]:
@@ -67,7 +87,7 @@ def _mounts(root: str) -> Iterator[str]:
             yield place
 
 
-def _firewall() -> Iterator[str]:
+def _firewall(names: Sequence[str]) -> Iterator[str]:
     for program in ("iptables-save", "ip6tables-save"):
         try:
             output = subprocess.run([program], capture_output=True, text=True, check=False).stdout
@@ -75,7 +95,7 @@ def _firewall() -> Iterator[str]:
             continue
         for line in output.splitlines():
             # Rules, not the chains and counters that plugins keep for all pods.
-            if line.startswith("-A"):
+            if line.startswith("-A") and any(name in line for name in names):
                 yield f"{program}: {line}"
 
 

@@ -134,7 +134,7 @@ async def run(
 async def piped(
     argv: Sequence[str | Path], *, stdout_fd: int | None = None, env: Mapping[str, str] | None = None
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A child whose stdin and stderr are pipes (and stdout, unless `stdout_fd` is given), killed with its group on exit."""
+    """Run a child with pipes on stdin, stderr and (without `stdout_fd`) stdout; kill its group at the end."""
     args = tuple(str(arg) for arg in argv)
     log.debug("pipe: %s", pasteable(args))
     try:
