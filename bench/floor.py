@@ -44,7 +44,7 @@ def _devices(guest: GuestImage, directory: Path) -> list[str]:
         "-object", "memory-backend-memfd,id=mem,size=512M,share=on",
         "-object", "rng-builtin,id=rng",
         "-drive", f"id=root,if=none,format=raw,readonly=on,file={guest.rootfs}",
-        "-netdev", "hubport,id=net,hubid=0",
+        "-netdev", f"tap,id=net,ifname=vtb{os.getpid()},script=no,downscript=no,vhost=off",
         "-chardev", f"socket,id=vsock,path={directory}/vhost",
         "-chardev", f"file,id=console,path={directory}/console",
         "-serial", "chardev:console",
