@@ -7,12 +7,13 @@ teardown serves nobody; a cancelled StopContainer kills nothing that its grace p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vmrt import __version__
-from vmrt.errors import FailedPreconditionError, UnavailableError, VmrtError
+from vmrt.errors import FailedPreconditionError, UnavailableError, VmGoneError, VmrtError
 from vmrt.model import ContainerSpec, SandboxSpec
 from vmrt.pods import container_create, container_exec, container_stop, recovery, sandbox_run, sandbox_stop
 from vmrt.pods.container_events import follow_vms
@@ -152,14 +153,19 @@ class PodService:
         """Return details for a person, JSON values: the VM, its processes, phase timings, the console's end."""
         table = self._table
         record = table.sandbox(sandbox_id).record
-        vm = {
+        vm: dict[str, object] = {
             "id": record.vm_id,
             "accelerator": table.hypervisor.accelerator,
             "guestVersion": record.guest_version,
             "running": record.vm_id in table.hypervisor.list(),
-            "pids": [p.pid for p in table.hypervisor.processes(record.vm_id)],
+            "pids": [],
             "tap": record.tap,
         }
+        console = ""
+        # A dead VM has no processes, a destroyed one no console: people ask about such pods more than about others.
+        with contextlib.suppress(VmGoneError):
+            console = table.hypervisor.console_tail(record.vm_id)
+            vm["pids"] = [p.pid for p in table.hypervisor.processes(record.vm_id)]
         agent = table.sandbox(sandbox_id).agent
         if agent is not None:
             try:
@@ -172,7 +178,7 @@ class PodService:
             "vm": json.dumps(vm),
             "phasesMs": json.dumps(record.phases_ms),
             "reason": json.dumps(record.reason),
-            "console": json.dumps(table.hypervisor.console_tail(record.vm_id)),
+            "console": json.dumps(console),
         }
 
     async def container_info(self, container_id: str) -> dict[str, str]:
