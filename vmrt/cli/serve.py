@@ -37,8 +37,8 @@ def _set_up_logging(config: configuration.LogConfig) -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=config.level.upper(), handlers=[handler], force=True)
-    # Its debug lines hold every netlink message whole.
-    logging.getLogger("pyroute2").setLevel(logging.INFO)
+    # Its debug lines hold every netlink message whole. A filter, because pyroute2 sets its logger's level itself.
+    handler.addFilter(lambda record: record.levelno > logging.DEBUG or not record.name.startswith("pyroute2"))
 
 
 @click.command(
