@@ -25,6 +25,7 @@ DEFAULT_ROOT = Path("/var/lib/vmrt")
 DEFAULT_SOCKET = Path("/run/vmrt/vmrt.sock")
 # sockaddr_un.sun_path has 108 octets with the terminating NUL (unix(7)).
 SOCKET_PATH_LIMIT = 107
+MAX_LOG_LINE_BYTES = 256 * 1024  # of the agent's buffer of 1 MiB per stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,12 @@ def check(config: Config) -> Config:
     ):
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, not {value}")
+    if config.max_container_log_line_bytes > MAX_LOG_LINE_BYTES:
+        raise ConfigError(
+            f"max_container_log_line_bytes must be at most {MAX_LOG_LINE_BYTES}, not "
+            f"{config.max_container_log_line_bytes}",
+            hint="a piece of a line must fit into the agent's output buffer, or the container would wait for ever",
+        )
     return config
 
 

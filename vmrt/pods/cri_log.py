@@ -12,6 +12,7 @@ and after. At the next start, a log as long as "after" has the write, a shorter 
 
 from __future__ import annotations
 
+import glob
 import mmap
 import os
 import stat
@@ -22,7 +23,12 @@ from pathlib import Path
 
 from vmrt.errors import VmrtError
 
-_POSITION = struct.Struct("=8Q")  # committed out, err; intended out, err; inode, size before, size after; intent flag
+# committed out, err; intended out, err; inode, size before, size after; intent flag. A kill may fall between any two
+# octets of these, so the flag is one octet that goes up after the intent and down after the commit.
+_COMMITTED = struct.Struct("=2Q")
+_INTENT = struct.Struct("=5Q")
+_FLAG = _COMMITTED.size + _INTENT.size
+_SIZE = _FLAG + 8
 _FILE_MODE = 0o640
 
 
@@ -41,9 +47,9 @@ class Position:
         self.path = path
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if os.fstat(fd).st_size < _POSITION.size:
-                os.ftruncate(fd, _POSITION.size)
-            self._map = mmap.mmap(fd, _POSITION.size)
+            if os.fstat(fd).st_size < _SIZE:
+                os.ftruncate(fd, _SIZE)
+            self._map = mmap.mmap(fd, _SIZE)
         finally:
             os.close(fd)
 
@@ -54,37 +60,44 @@ class Position:
     @property
     def committed(self) -> Offsets:
         """Up to where the log is complete."""
-        out, err, *_ = _POSITION.unpack(self._map)
-        return Offsets(out, err)
+        return Offsets(*_COMMITTED.unpack_from(self._map))
 
     def intend(self, offsets: Offsets, inode: int, before: int, after: int) -> None:
         """Note what is about to be written."""
-        done = self.committed
-        _POSITION.pack_into(
-            self._map, 0, done.stdout, done.stderr, offsets.stdout, offsets.stderr, inode, before, after, 1
-        )
+        _INTENT.pack_into(self._map, _COMMITTED.size, offsets.stdout, offsets.stderr, inode, before, after)
+        self._map[_FLAG] = 1  # last: only now what stands before it counts
 
     def commit(self, offsets: Offsets) -> None:
         """Note that it was written."""
-        _POSITION.pack_into(self._map, 0, offsets.stdout, offsets.stderr, 0, 0, 0, 0, 0, 0)
+        _COMMITTED.pack_into(self._map, 0, offsets.stdout, offsets.stderr)
+        self._map[_FLAG] = 0  # last: until then the intent says the same
 
     def recover(self, log_path: Path) -> None:
         """Settle a write that a killed daemon left open; `log_path` is the file as it is named now."""
-        _, _, out, err, inode, before, after, open_intent = _POSITION.unpack(self._map)
-        if not open_intent:
+        if not self._map[_FLAG]:
             return
-        try:
-            status = log_path.stat()
-        except OSError:
-            status = None
-        if status is not None and status.st_ino == inode and status.st_size < after:
+        out, err, inode, before, after = _INTENT.unpack_from(self._map, _COMMITTED.size)
+        written = _find(log_path, inode)
+        if written is not None and written.stat().st_size < after:
             # The write did not happen, or not whole (a full disk): take it back and let the stream bring it again.
-            if status.st_size > before:
-                os.truncate(log_path, before)
+            if written.stat().st_size > before:
+                os.truncate(written, before)
             self.commit(self.committed)
         else:
-            # Written; or the file was rotated away since, which kubelet does only to files that it has seen written.
+            # Written; or the file is gone, and with it whoever could tell.
             self.commit(Offsets(out, err))
+
+
+def _find(log_path: Path, inode: int) -> Path | None:
+    """Return the file with this inode: the log itself, or what a rotation has made of it in the same directory."""
+    try:
+        for path in (log_path, *log_path.parent.glob(f"{glob.escape(log_path.stem)}*")):
+            status = path.lstat() if path.exists() else None
+            if status is not None and status.st_ino == inode and stat.S_ISREG(status.st_mode):
+                return path
+    except OSError:
+        pass
+    return None
 
 
 class LineSplitter:

@@ -57,10 +57,13 @@ class LogPump:
                 ended = await self._follow()
         except (VmGoneError, NotFoundError):
             pass  # nothing more will come
-        except VmrtError as e:
-            log.error("container %s: its log ends here: %s", self._id[:13], e)
-        self._file.finish()
-        self._done.set()
+        try:
+            self._file.finish()
+            self._file.close()
+        except OSError as e:
+            log.error("container %s: the end of its log: %s", self._id[:13], e)
+        finally:
+            self._done.set()
 
     async def _follow(self) -> bool:
         """Follow the stream until it ends (True) or its connection does (False)."""
@@ -78,4 +81,7 @@ class LogPump:
             raise
         except (VmrtError, OSError) as e:
             log.debug("container %s: log stream broke, trying again: %s", self._id[:13], e)
+        except Exception:
+            # Without its log's reader the container would block once the agent's buffer is full.
+            log.exception("container %s: log stream broke, trying again", self._id[:13])
         return False
