@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
+import signal
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from vmrt.agent import agent_pb2 as pb
@@ -14,7 +17,9 @@ from vmrt.errors import (
     FailedPreconditionError,
     IllegalTransitionError,
     NotFoundError,
+    UnavailableError,
     UnsupportedError,
+    VmGoneError,
     VmrtError,
 )
 from vmrt.model import (
@@ -30,7 +35,7 @@ from vmrt.pods import oci, seccomp
 from vmrt.pods.container_events import finish
 from vmrt.pods.log_pump import LogPump
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxState
-from vmrt.pods.release import state_dir
+from vmrt.pods.release import position_file
 from vmrt.pods.sandbox_run import hostname_of
 from vmrt.pods.table import LiveContainer, LiveSandbox, PodTable, uncancelled
 
@@ -73,39 +78,66 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
             layer_serials=tuple(serial(layer) for layer in image.layers),
         )
     )
-    try:
-        table.images.retain(image.id, container_id)
-        request = _request(table, sandbox, live.record, image)
-        agent = sandbox.need_agent()
-        await attach_layers(table, sandbox, image.layers)
-        made = await agent.create_container(request, timeout_s=CREATE_TIMEOUT_S)
-        table.save_container(
-            live,
-            live.record.moved(
-                ContainerState.CREATED,
-                uid=made.uid,
-                gid=made.gid,
-                supplemental_groups=tuple(made.supplemental_groups),
-            ),
-        )
-    except BaseException as e:
-        await uncancelled(undo_create(table, sandbox, live))
-        if isinstance(e, VmrtError) and not e.resource:
-            e.resource = f"container {spec.name} of sandbox {sandbox.id}"
-        raise
+    # Held to the end of the undo, too: a removal of the sandbox waits until this container is settled.
+    async with live.lock:
+        try:
+            table.images.retain(image.id, container_id)
+            request = _request(table, sandbox, live.record, image)
+            agent = sandbox.need_agent()
+            await attach_layers(table, sandbox, image.layers)
+            # A cancelled call goes on in the guest: were its end not awaited, the undo could overtake it.
+            made = await uncancelled(agent.create_container(request, timeout_s=CREATE_TIMEOUT_S))
+            sandbox.need_agent()  # the sandbox may have been stopped meanwhile
+            table.save_container(
+                live,
+                live.record.moved(
+                    ContainerState.CREATED,
+                    uid=made.uid,
+                    gid=made.gid,
+                    supplemental_groups=tuple(made.supplemental_groups),
+                ),
+            )
+        except BaseException as e:
+            await uncancelled(_undo(table, sandbox, live))
+            if isinstance(e, VmrtError) and not e.resource:
+                e.resource = f"container {spec.name} of sandbox {sandbox.id}"
+            raise
     return container_id
 
 
+async def _undo(table: PodTable, sandbox: LiveSandbox, live: LiveContainer) -> None:
+    try:
+        await undo_create(table, sandbox, live)
+    except Exception as e:
+        # The record stays, hidden: the sweep tries again until nothing is left.
+        log.error("container %s: could not undo its creation yet: %s", live.id[:13], e)
+        live.undo_failed = True
+
+
 async def undo_create(table: PodTable, sandbox: LiveSandbox | None, live: LiveContainer) -> None:
-    """Undo a creation from the record alone, however far it came."""
+    """Undo a creation from the record alone, however far it came; on failure the record stays, for another attempt."""
     if sandbox is not None and sandbox.agent is not None and sandbox.record.state is SandboxState.READY:
-        try:
-            await sandbox.agent.remove_container(live.id)
-        except VmrtError as e:
-            # The VM's own end takes the rest with it.
-            log.warning("container %s: could not undo its creation in the guest: %s", live.id[:13], e)
+        agent = sandbox.agent
+        with contextlib.suppress(VmGoneError):  # and the container with it
+            await again(lambda: agent.remove_container(live.id))
+    if live.pump is not None:
+        await live.pump.stop()
+    position_file(table, live.record).unlink(missing_ok=True)
     table.images.release(live.id)
     table.forget_container(live)
+
+
+async def again(call: Callable[[], Awaitable[None]]) -> None:
+    """Make a call that may be repeated; once more when its connection broke.
+
+    A VM that is dying breaks its connections before its end is known: the second attempt is told (`VmGoneError`).
+    """
+    try:
+        await call()
+    except VmGoneError:
+        raise
+    except UnavailableError:
+        await call()
 
 
 def serial(layer: LayerImage) -> str:
@@ -122,11 +154,18 @@ async def attach_layers(table: PodTable, sandbox: LiveSandbox, layers: tuple[Lay
         if future is None or (future.done() and (future.cancelled() or future.exception() is not None)):
             disk = Disk(name, layer.path)
             future = asyncio.ensure_future(table.hypervisor.attach_disk(sandbox.record.vm_id, disk))
+            future.add_done_callback(_retrieved)
             sandbox.disks[name] = future
         waits.append(future)
     for future in waits:
         # Shielded: the plug may serve other containers too.
         await asyncio.shield(future)
+
+
+def _retrieved(future: asyncio.Future[None]) -> None:
+    # Everybody who waited for the plug may have been cancelled.
+    if not future.cancelled():
+        future.exception()
 
 
 def _log_path(directory: str, path: str) -> str:
@@ -171,26 +210,36 @@ async def start_container(table: PodTable, live: LiveContainer) -> None:
     """Start a CREATED container. A failed start ends it: EXITED, 128, StartError."""
     async with live.lock:
         record = live.record
+        if table.containers.get(record.id) is not live:
+            raise NotFoundError(f"no container with id {record.id!r}: it was removed meanwhile")
         if record.state is not ContainerState.CREATED:
             raise IllegalTransitionError(
                 f"a container that is {record.state.value} cannot be started", resource=f"container {record.id}"
             )
         sandbox = table.sandboxes[record.sandbox_id]
         agent = sandbox.need_agent()
+        live.starting_ns = time.time_ns()
         try:
             start_pump(table, sandbox, live)
             await agent.start_container(record.id, timeout_s=START_TIMEOUT_S)
-        except VmrtError as e:
+        except Exception as e:
+            # It may run all the same (a time-out): what is recorded as ended must have ended.
+            with contextlib.suppress(VmrtError):
+                await agent.signal_container(record.id, signal.SIGKILL, True)
+            live.starting_ns = 0
             finish(table, live, START_ERROR_CODE, "StartError", str(e))
             raise
         if live.record.state is ContainerState.CREATED:
-            table.save_container(live, live.record.moved(ContainerState.RUNNING, started_ns=time.time_ns()))
+            table.save_container(live, live.record.moved(ContainerState.RUNNING, started_ns=live.starting_ns))
 
 
 def start_pump(table: PodTable, sandbox: LiveSandbox, live: LiveContainer) -> None:
     """Begin to write the container's log, if it has one."""
     if live.record.log_path and live.pump is None:
-        position = state_dir(table, sandbox.id) / f"{live.id}.position"
-        position.parent.mkdir(parents=True, exist_ok=True)
+        position = position_file(table, live.record)
         limit = table.config.max_container_log_line_bytes
-        live.pump = LogPump(sandbox.need_agent(), live.id, Path(live.record.log_path), position, limit)
+        try:
+            position.parent.mkdir(parents=True, exist_ok=True)
+            live.pump = LogPump(sandbox.need_agent(), live.id, Path(live.record.log_path), position, limit)
+        except OSError as e:
+            raise VmrtError(f"cannot keep the log's position: {e}", phase="log", resource=str(position)) from e

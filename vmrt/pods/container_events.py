@@ -39,16 +39,20 @@ async def watch(table: PodTable, live: LiveSandbox) -> None:
             return
         except (VmrtError, OSError) as e:
             log.debug("sandbox %s: event stream broke, trying again: %s", live.id[:13], e)
+        except Exception:
+            # Whatever it was, a sandbox whose events nobody follows would be worse.
+            log.exception("sandbox %s: event stream broke, trying again", live.id[:13])
         await asyncio.sleep(_RETRY_S)
 
 
 async def exited(table: PodTable, live: LiveContainer, exit_frame: pb.ExitFrame) -> None:
     """Record a container's exit: first its whole log, then the state that clients wait for."""
     finished_ns = time.time_ns() - min(exit_frame.age_us, 86_400_000_000) * 1000
-    if live.pump is not None:
-        await live.pump.drained(_DRAIN_S)
     code = exit_frame.code & 0xFF
     reason = "OOMKilled" if exit_frame.oom_killed else "Completed" if code == 0 else "Error"
+    live.ended = code, reason, finished_ns
+    if live.pump is not None:
+        await live.pump.drained(_DRAIN_S)
     finish(table, live, code, reason, finished_ns=finished_ns)
 
 
@@ -59,8 +63,15 @@ def finish(
     record = live.record
     if record.state not in (*_LIVE, ContainerState.UNKNOWN):
         return
-    at = max(finished_ns or time.time_ns(), record.started_ns)
-    changes = {"exit_code": exit_code, "reason": reason, "message": message, "finished_ns": at}
+    # A short command's exit is told before the answer to its start.
+    started_ns = record.started_ns or live.starting_ns
+    changes = {
+        "exit_code": exit_code,
+        "reason": reason,
+        "message": message,
+        "started_ns": started_ns,
+        "finished_ns": max(finished_ns or time.time_ns(), started_ns),
+    }
     table.save_container(live, record.moved(ContainerState.EXITED, **changes))
     log.info("container %s exited with %d (%s)", live.id[:13], exit_code, reason)
 
@@ -69,8 +80,13 @@ async def follow_vms(table: PodTable) -> None:
     """Follow the hypervisor's events for as long as the daemon runs."""
     async for event in table.hypervisor.events():
         live = table.sandbox_of_vm(event.vm_id)
-        if live is not None:
+        if live is None:
+            continue
+        try:
             await vm_ended(table, live, event)
+        except Exception:
+            # One that cannot be recorded (a full disk) must not make us deaf to the next; the sweep looks again.
+            log.exception("sandbox %s: the end of its VM could not be recorded", live.id[:13])
 
 
 async def vm_ended(table: PodTable, live: LiveSandbox, event: VmEvent) -> None:
@@ -94,5 +110,9 @@ def mark_not_ready(table: PodTable, live: LiveSandbox, reason: str, *, oom: bool
     if live.record.state is SandboxState.READY:
         table.save_sandbox(live, live.record.moved(SandboxState.NOT_READY, reason=reason))
     for container in table.containers_of(live.id):
-        if container.record.state in _LIVE:
+        if container.record.state in _LIVE and container.ended is not None:
+            # It ended by itself before; only its log was not whole yet.
+            code, why, finished_ns = container.ended
+            finish(table, container, code, why, finished_ns=finished_ns)
+        elif container.record.state in _LIVE:
             finish(table, container, 137, "OOMKilled" if oom else "Error", reason)

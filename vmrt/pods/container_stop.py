@@ -8,7 +8,7 @@ import logging
 import signal
 
 from vmrt.errors import DeadlineError, NotFoundError, VmGoneError, VmrtError
-from vmrt.pods.container_create import undo_create
+from vmrt.pods.container_create import again, undo_create
 from vmrt.pods.container_events import finish
 from vmrt.pods.records import ContainerState
 from vmrt.pods.table import LiveContainer, PodTable
@@ -63,7 +63,7 @@ async def _kill(table: PodTable, live: LiveContainer) -> None:
 async def _signal(table: PodTable, live: LiveContainer, number: int, *, everyone: bool) -> None:
     sandbox = table.sandboxes[live.record.sandbox_id]
     with contextlib.suppress(NotFoundError):
-        await sandbox.need_agent().signal_container(live.id, number, everyone)
+        await again(lambda: sandbox.need_agent().signal_container(live.id, number, everyone))
 
 
 def signal_number(name: str) -> int:
@@ -91,8 +91,7 @@ async def remove_container(table: PodTable, live: LiveContainer) -> None:
                 await stop_container(table, live, 0)
             except VmrtError as e:
                 log.warning("container %s: %s; removing it all the same", live.id[:13], e)
-        if live.record.state is not ContainerState.REMOVING:
+        # One still CREATING is here because its undo failed: this is the next attempt.
+        if live.record.state not in (ContainerState.CREATING, ContainerState.REMOVING):
             table.save_container(live, live.record.moved(ContainerState.REMOVING))
-        if live.pump is not None:
-            await live.pump.stop()
         await undo_create(table, table.sandboxes.get(live.record.sandbox_id), live)

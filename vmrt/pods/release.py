@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vmrt.errors import VmrtError
 from vmrt.pods import scratch
-from vmrt.pods.records import SandboxRecord
+from vmrt.pods.records import ContainerRecord, SandboxRecord
 from vmrt.pods.table import PodTable
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,11 @@ log = logging.getLogger(__name__)
 def state_dir(table: PodTable, sandbox_id: str) -> Path:
     """Return the directory for a sandbox's small files (log positions)."""
     return table.config.root / "pods" / sandbox_id
+
+
+def position_file(table: PodTable, record: ContainerRecord) -> Path:
+    """Return the file that says how far a container's log is written."""
+    return state_dir(table, record.sandbox_id) / f"{record.id}.position"
 
 
 async def release(table: PodTable, record: SandboxRecord) -> None:

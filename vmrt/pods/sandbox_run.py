@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent_client import AgentClient
-from vmrt.errors import VmrtError
+from vmrt.errors import VmGoneError, VmrtError
 from vmrt.model import Disk, DnsConfig, PodNetwork, SandboxSpec, VmSpec
 from vmrt.pods import resolv, scratch, sizing
 from vmrt.pods.container_events import watch
@@ -55,6 +55,7 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
     """Start a sandbox and return its id; READY, with its addresses known. On any failure nothing is left."""
     handler_name, handler = table.handler(spec.runtime_handler)
     guest = table.guest(handler_name)
+    vcpus, memory_bytes = sizing.size(spec, table.config.hypervisor, handler)
     sandbox_id = secrets.token_hex(32)
     vm_id = table.new_vm_id()
     live = table.add_sandbox(
@@ -69,7 +70,6 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
         )
     )
     phases = Phases()
-    vcpus, memory_bytes = sizing.size(spec, table.config.hypervisor, handler)
     try:
         vm = VmSpec(
             vm_id=vm_id, guest=guest, vcpus=vcpus, memory_bytes=memory_bytes, tap=live.record.tap, mac=_device_mac()
@@ -81,6 +81,9 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
             agent = await connect(table, live)
             await agent.configure_sandbox(configure_request(live.record, network), timeout_s=CONFIGURE_TIMEOUT_S)
         state_dir(table, sandbox_id).mkdir(parents=True, exist_ok=True)
+        if vm_id not in table.hypervisor.list():
+            # The event of its end has come while there was nothing READY that it could change.
+            raise VmGoneError("the virtual machine ended while the sandbox was being started", phase="configure")
         ready = live.record.moved(SandboxState.READY, ips=network.ips, phases_ms=phases.finish())
         table.save_sandbox(live, ready)
         live.events = table.background(watch(table, live), f"events {sandbox_id[:13]}")
@@ -143,18 +146,27 @@ async def both(first: Awaitable[None], second: Awaitable[T]) -> tuple[None, T]:
 
 
 async def _undo(table: PodTable, live: LiveSandbox) -> None:
-    if live.agent is not None:
-        await live.agent.close()
-        live.agent = None
     try:
+        await close_agent(live)
         await release(table, live.record)
-    except VmrtError as e:
-        # The record stays, hidden: reconciliation tries again until nothing is left.
-        log.error("sandbox %s: could not undo its start yet: %s", live.id[:13], e)
-        live.undo_failed = True
-        return
-    remove_state(table, live.id)
-    table.forget_sandbox(live)
+        remove_state(table, live.id)
+        table.forget_sandbox(live)
+    except Exception as e:
+        # The record stays, hidden: the sweep tries again until nothing is left.
+        log.error(
+            "sandbox %s: could not undo its start yet: %s", live.id[:13], e, exc_info=not isinstance(e, VmrtError)
+        )
+        table.abandon_sandbox(live)
+
+
+async def close_agent(live: LiveSandbox) -> None:
+    """Let go of the agent; what waits for it fails with `VmGoneError`. Never fails itself: undos come after it."""
+    agent, live.agent = live.agent, None
+    if agent is not None:
+        try:
+            await agent.close()
+        except (VmrtError, OSError) as e:
+            log.warning("sandbox %s: closing the connections to its agent: %s", live.id[:13], e)
 
 
 def _device_mac() -> str:

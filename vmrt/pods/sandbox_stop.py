@@ -12,6 +12,7 @@ from vmrt.pods import container_stop
 from vmrt.pods.container_events import mark_not_ready
 from vmrt.pods.records import ContainerState, SandboxState
 from vmrt.pods.release import release, remove_state
+from vmrt.pods.sandbox_run import close_agent
 from vmrt.pods.table import LiveSandbox, PodTable
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,7 @@ async def _stop(table: PodTable, live: LiveSandbox) -> None:
     if live.events is not None:
         live.events.cancel()
         live.events = None
-    if live.agent is not None:
-        await live.agent.close()
-        live.agent = None
+    await close_agent(live)
     if not live.record.released:
         await release(table, live.record)
         table.save_sandbox(live, replace(live.record, released=True))

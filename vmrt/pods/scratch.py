@@ -11,10 +11,12 @@ import contextlib
 import errno
 import os
 import pwd
+import secrets
 from pathlib import Path
 
 from vmrt import spawn
 from vmrt.errors import ExhaustedError, VmrtError
+from vmrt.pods.table import uncancelled
 
 SERIAL = "scratch"
 
@@ -31,7 +33,8 @@ async def make(root: Path, vm_id: str, size_bytes: int, owner: str) -> Path:
         await _make_template(template, size_bytes)
     target = path(root, vm_id)
     try:
-        await asyncio.to_thread(_copy_sparse, template, target, owner)
+        # A thread cannot be cancelled: an undo must not run before it has ended.
+        await uncancelled(asyncio.to_thread(_copy_sparse, template, target, owner))
     except OSError as e:
         kind = ExhaustedError if e.errno in (errno.ENOSPC, errno.EDQUOT) else VmrtError
         raise kind(f"cannot create the scratch disk: {e.strerror}", phase="scratch disk", resource=str(target)) from e
@@ -43,6 +46,12 @@ def remove(root: Path, vm_id: str) -> None:
     path(root, vm_id).unlink(missing_ok=True)
 
 
+def remove_parts(root: Path) -> None:
+    """Delete templates that a killed daemon left unfinished; for use before the first pod is started."""
+    for part in (root / "scratch").glob("*.part"):
+        part.unlink(missing_ok=True)
+
+
 def vm_ids(root: Path) -> list[str]:
     """Return the VMs that have a scratch disk on disk."""
     return [file.stem for file in (root / "scratch").glob("*.img")]
@@ -50,7 +59,8 @@ def vm_ids(root: Path) -> list[str]:
 
 async def _make_template(template: Path, size_bytes: int) -> None:
     template.parent.mkdir(parents=True, exist_ok=True)
-    part = template.with_name(f"{template.name}.{os.getpid()}.part")
+    # A name of its own: several pods may be the first ones.
+    part = template.with_name(f"{template.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as file:
             file.truncate(size_bytes)

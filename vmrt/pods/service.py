@@ -1,7 +1,7 @@
 """The pods room's front: what the gRPC edge calls. Each verb has a file of its own; this one only finds and delegates.
 
-Cancellation: a create that is cancelled is rolled back; a stop or removal of a sandbox goes on to its end, since half a
-teardown serves nobody; a cancelled StopContainer kills nothing that its grace period still protects.
+Cancellation: a create that is cancelled is rolled back; a start, a removal, and the stop of a sandbox go on to their
+end, since half of them serves nobody; a cancelled StopContainer kills nothing that its grace period still protects.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from vmrt import __version__
@@ -18,8 +19,13 @@ from vmrt.model import ContainerSpec, SandboxSpec
 from vmrt.pods import container_create, container_exec, container_stop, recovery, sandbox_run, sandbox_stop
 from vmrt.pods.container_events import follow_vms
 from vmrt.pods.container_exec import ExecResult
-from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord
-from vmrt.pods.table import PodTable, uncancelled
+from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
+from vmrt.pods.table import LiveSandbox, PodTable, uncancelled
+
+log = logging.getLogger(__name__)
+
+# How long a stop of the daemon waits for the undos of calls that it has cancelled; recovery would do the rest.
+_CLOSE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,9 @@ class PodService:
     def __init__(self, table: PodTable) -> None:
         self._table = table
         self._closing = False
+        self._working = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def open(self) -> None:
         """Recover what an earlier daemon left, then follow events. Drivers must be open."""
@@ -52,27 +61,52 @@ class PodService:
     async def close(self) -> None:
         """Refuse new pods and let go of the running ones; they go on without us."""
         self._closing = True
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("%d calls have not ended; the next start settles what they leave", self._working)
         await self._table.close()
+
+    @contextlib.contextmanager
+    def _verb(self) -> Iterator[None]:
+        """Count a call that changes something: the drivers it undoes with must stay open until its end."""
+        if self._closing:
+            raise UnavailableError("the daemon is stopping")
+        self._working += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._working -= 1
+            if not self._working:
+                self._idle.set()
+
+    def _started(self, sandbox_id: str) -> LiveSandbox | None:
+        """Return a sandbox whose start has come to its end; one half-way is its starter's to undo."""
+        live = self._table.sandboxes.get(sandbox_id)
+        return None if live is None or live.record.state is SandboxState.CREATING else live
 
     # --- sandboxes ---
 
     async def run_sandbox(self, spec: SandboxSpec) -> str:
         """Start a sandbox and return its id; it is ready then, or nothing of it is left."""
-        if self._closing:
-            raise UnavailableError("the daemon is stopping")
-        return await sandbox_run.run_sandbox(self._table, spec)
+        with self._verb():
+            return await sandbox_run.run_sandbox(self._table, spec)
 
     async def stop_sandbox(self, sandbox_id: str) -> None:
         """Stop the containers and release VM and network; one that does not exist is no error."""
-        live = self._table.sandboxes.get(sandbox_id)
+        live = self._started(sandbox_id)
         if live is not None:
-            await uncancelled(sandbox_stop.stop_sandbox(self._table, live))
+            with self._verb():
+                await uncancelled(sandbox_stop.stop_sandbox(self._table, live))
 
     async def remove_sandbox(self, sandbox_id: str) -> None:
         """Remove sandbox and containers by force; one that does not exist is no error."""
-        live = self._table.sandboxes.get(sandbox_id)
+        live = self._started(sandbox_id)
         if live is not None:
-            await uncancelled(sandbox_stop.remove_sandbox(self._table, live))
+            with self._verb():
+                await uncancelled(sandbox_stop.remove_sandbox(self._table, live))
 
     def sandbox(self, sandbox_id: str) -> SandboxRecord:
         """Find by id or unique prefix. From memory."""
@@ -86,23 +120,28 @@ class PodService:
 
     async def create_container(self, sandbox_id: str, spec: ContainerSpec) -> str:
         """Create a container in a ready sandbox and return its id."""
-        return await container_create.create_container(self._table, self._table.sandbox(sandbox_id), spec)
+        with self._verb():
+            return await container_create.create_container(self._table, self._table.sandbox(sandbox_id), spec)
 
     async def start_container(self, container_id: str) -> None:
         """Start a created container."""
-        await container_create.start_container(self._table, self._table.container(container_id))
+        live = self._table.container(container_id)
+        with self._verb():
+            await uncancelled(container_create.start_container(self._table, live))
 
     async def stop_container(self, container_id: str, timeout_s: float) -> None:
         """Send the stop signal, after `timeout_s` SIGKILL; return when it has ended. Absent is no error."""
         live = self._table.containers.get(container_id)
         if live is not None:
-            await container_stop.stop_container(self._table, live, timeout_s)
+            with self._verb():
+                await container_stop.stop_container(self._table, live, timeout_s)
 
     async def remove_container(self, container_id: str) -> None:
         """Remove by force; absent is no error."""
         live = self._table.containers.get(container_id)
         if live is not None:
-            await uncancelled(container_stop.remove_container(self._table, live))
+            with self._verb():
+                await uncancelled(container_stop.remove_container(self._table, live))
 
     def container(self, container_id: str) -> ContainerRecord:
         """Find by id or unique prefix. From memory."""

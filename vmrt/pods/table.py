@@ -42,7 +42,7 @@ class LiveSandbox:
     events: asyncio.Task[None] | None = None
     # Layer disks by serial: a future that ends when the disk is in the VM.
     disks: dict[str, asyncio.Future[None]] = field(default_factory=dict)
-    # A start whose undo did not succeed: the sweep has to come back for it.
+    # A start whose undo did not succeed: its name is free, and the sweep comes back for the rest.
     undo_failed: bool = False
 
     @property
@@ -68,6 +68,12 @@ class LiveContainer:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     exited: asyncio.Event = field(default_factory=asyncio.Event)
     pump: LogPump | None = None
+    # When its start was asked for: its exit may be told before the answer to that.
+    starting_ns: int = 0
+    # (exit code, reason, when in ns) as the agent told it; recorded once the log is whole.
+    ended: tuple[int, str, int] | None = None
+    # A creation whose undo did not succeed: its name is free, and the sweep comes back for the rest.
+    undo_failed: bool = False
 
     @property
     def id(self) -> str:
@@ -160,15 +166,28 @@ class PodTable:
     # --- records ---
 
     def add_sandbox(self, record: SandboxRecord, *, recorded: bool = False) -> LiveSandbox:
-        """Reserve the name and write the record; `AlreadyExistsError` when the name is taken."""
-        holder = self._sandbox_names.get(record.key)
-        if holder is not None:
-            raise AlreadyExistsError(f"the sandbox name {record.key!r} is taken", resource=f"sandbox {holder}")
+        """Reserve the name and write the record; `AlreadyExistsError` when the name is taken.
+
+        `recorded` is for what an earlier daemon wrote: it is taken as it is, and a start that was interrupted has no
+        claim to its name.
+        """
         if not recorded:
+            holder = self._sandbox_names.get(record.key)
+            if holder is not None:
+                raise AlreadyExistsError(f"the sandbox name {record.key!r} is taken", resource=f"sandbox {holder}")
             self.store.put("sandbox", record.id, record)
-        self._sandbox_names[record.key] = record.id
         live = self.sandboxes[record.id] = LiveSandbox(record)
+        if recorded and record.state is SandboxState.CREATING:
+            live.undo_failed = True
+        else:
+            self._sandbox_names.setdefault(record.key, record.id)
         return live
+
+    def abandon_sandbox(self, live: LiveSandbox) -> None:
+        """Leave a start that could not be undone yet to the sweep; the name may be used again."""
+        live.undo_failed = True
+        if self._sandbox_names.get(live.record.key) == live.id:
+            del self._sandbox_names[live.record.key]
 
     def save_sandbox(self, live: LiveSandbox, record: SandboxRecord) -> None:
         """Write a sandbox's new record, then show it."""
@@ -184,14 +203,17 @@ class PodTable:
 
     def add_container(self, record: ContainerRecord, *, recorded: bool = False) -> LiveContainer:
         """Reserve the name within its sandbox and write the record; `AlreadyExistsError` when the name is taken."""
-        for other in self.containers_of(record.sandbox_id):
-            if other.record.key == record.key:
-                raise AlreadyExistsError(
-                    f"the container name {record.key!r} is taken", resource=f"container {other.id}"
-                )
         if not recorded:
+            for other in self.containers_of(record.sandbox_id):
+                if other.record.key == record.key and not other.undo_failed:
+                    raise AlreadyExistsError(
+                        f"the container name {record.key!r} is taken", resource=f"container {other.id}"
+                    )
             self.store.put("container", record.id, record)
         live = self.containers[record.id] = LiveContainer(record)
+        live.undo_failed = recorded and record.state is ContainerState.CREATING
+        if record.state in (ContainerState.EXITED, ContainerState.UNKNOWN):
+            live.exited.set()
         return live
 
     def save_container(self, live: LiveContainer, record: ContainerRecord) -> None:
@@ -225,12 +247,14 @@ class PodTable:
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        for container in self.containers.values():
-            if container.pump is not None:
-                await container.pump.stop()
-        for sandbox in self.sandboxes.values():
-            if sandbox.agent is not None:
-                await sandbox.agent.close()
+        stops = [c.pump.stop() for c in self.containers.values() if c.pump is not None]
+        closes = [s.agent.close() for s in self.sandboxes.values() if s.agent is not None]
+        for outcome in [
+            *await asyncio.gather(*stops, return_exceptions=True),
+            *await asyncio.gather(*closes, return_exceptions=True),
+        ]:
+            if isinstance(outcome, Exception):
+                log.error("closing: %s", outcome, exc_info=outcome)
 
 
 def instance_tag(root: Path) -> str:
