@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from vmrt.errors import VmrtError
 from vmrt.guest_image import kernel
-from vmrt.guest_image.build import REQUIRED
+from vmrt.guest_image.builder import REQUIRED
 
 ELF = b"\x7fELF" + bytes(range(256)) * 50
 

@@ -12,7 +12,7 @@ import pytest
 import vmrt.agent
 from vmrt.errors import VmrtError
 from vmrt.guest_image import bindings, rootfs
-from vmrt.guest_image.build import agent_files
+from vmrt.guest_image.builder import agent_files
 
 AGENT = Path(vmrt.agent.__file__).parent
 

@@ -4,7 +4,7 @@
 (vmrt/agent) is treated as files. See docs/guest-image.md.
 """
 
-from vmrt.guest_image.build import build, default_cache
+from vmrt.guest_image.builder import build, default_cache
 from vmrt.guest_image.manifest import hold, load, prune
 
 __all__ = ["build", "default_cache", "hold", "load", "prune"]

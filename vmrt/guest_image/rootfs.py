@@ -8,6 +8,7 @@ are normalised, so the same input gives the same image.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,7 @@ PHASE = "guest image root"
 # File system -> the tool that writes it, the preferred one first.
 TOOLS = {"erofs": "mkfs.erofs", "squashfs": "mksquashfs"}
 
-# What apt is asked for; the kernel comes by its metapackage (build.KERNEL_PACKAGE).
+# What apt is asked for; the kernel comes by its metapackage (builder.KERNEL_PACKAGE).
 PACKAGES: tuple[str, ...] = (
     "busybox-static",
     "crun",
@@ -148,11 +149,14 @@ async def compile_bytecode(tree: Path, directory: PurePosixPath) -> None:
     does not reach the result: marshal writes sets sorted since Python 3.11.
     """
     options = ("-q", "--invalidation-mode", "unchecked-hash", "-s", tree, "-p", "/", tree / directory)
-    try:
-        await spawn.run([*_python(tree), "-m", "compileall", *options], timeout_s=600, phase=PHASE, resource="bytecode")
-    except ProcessError as e:
-        e.hint = "a source file that the guest's Python 3.11 cannot compile?"
-        raise
+    argv = [*_python(tree), "-m", "compileall", *options]
+    done = await spawn.run(argv, timeout_s=600, check=False, phase=PHASE, resource="bytecode")
+    if done.status:
+        # compileall tells on stdout which source files do not compile.
+        text = f"{done.text()}\n{done.stderr.decode(errors='replace')}".replace(str(tree), "").strip()
+        raise VmrtError(
+            f"compileall failed with status {done.status}: {text[-2000:]}", phase=PHASE, resource="bytecode"
+        )
 
 
 async def check_imports(tree: Path, names: Sequence[str]) -> None:
@@ -192,7 +196,9 @@ async def make_image(tree: Path, target: Path, filesystem: str) -> None:
         times = ("-mkfs-time", "0", "-all-time", "0")
         plain = ("-noI", "-noD", "-noF", "-noX", "-no-xattrs", "-all-root", "-noappend", "-no-progress")
         argv = ["mksquashfs", tree, target, *times, *plain]
-    await spawn.run(argv, timeout_s=600, phase=PHASE, resource=filesystem)
+    # mkfs.erofs takes this variable for the times whatever its options say; mksquashfs refuses both together.
+    environment = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
+    await spawn.run(argv, timeout_s=600, env=environment, phase=PHASE, resource=filesystem)
 
 
 def choose_filesystem() -> str:
