@@ -32,7 +32,7 @@ def needs(image: bytes) -> Needs:
         raise ValueError("not a little-endian 64-bit ELF file")
     try:
         return _needs(image)
-    except (struct.error, IndexError, UnicodeDecodeError) as e:
+    except (struct.error, OverflowError, IndexError, UnicodeDecodeError) as e:
         raise ValueError(f"damaged ELF file: {e}") from e
 
 
