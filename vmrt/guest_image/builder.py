@@ -122,7 +122,7 @@ async def build(
             f"{e.strerror or e}: {e.filename}" if e.filename else str(e),
             phase=PHASE,
             resource=str(output),
-            hint=f"an image needs 1 GB in {cache} and 150 MB in {output}, both writable",
+            hint=f"an image needs 400 MB in {cache} and 150 MB in {output}, both writable",
         ) from e
 
 
