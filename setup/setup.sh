@@ -272,6 +272,8 @@ step_guest() {
         apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || update_package_lists
     fi
     work "building the guest image" "to see it alone, run ${build[*]}" "${build[@]}"
+    # Each version is some 150 MB; those that a daemon uses stay.
+    "$VENV/bin/python" -m vmrt guest prune "$GUEST" >/dev/null
     ok "guest image ($(readlink -f "$GUEST"), version $(readlink "$GUEST/current"))"
 }
 
