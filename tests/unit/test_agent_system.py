@@ -286,6 +286,12 @@ def test_crun_log_becomes_one_line_and_tells_whose_fault_it_is() -> None:
     assert error.message.endswith("; plain")
     assert crun.refusal("w", '{"msg":"mount: no"}').code == status.INTERNAL
     assert "without a message" in crun.refusal("w", "").message
+    # crun names the command in some of its messages only.
+    nameless = '{"msg":"open executable: Permission denied"}'
+    assert crun.refusal("w", nameless, "/etc").message == "w: command '/etc': open executable: Permission denied"
+    named = '{"msg":"executable file `nope` not found"}'
+    assert crun.refusal("w", named, "nope").message == "w: executable file `nope` not found"
+    assert crun.refusal("w", '{"msg":"mount: no"}', "/etc").message == "w: mount: no"
 
 
 @pytest.mark.parametrize("container_id", ["", ".", "..", "a/b", "-a", "x" * 129, "a b", "ü"])

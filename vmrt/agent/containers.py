@@ -201,6 +201,7 @@ class Containers:
     def _crun_create(self, container: Container, *, stdin: bool, timeout_s: float) -> None:
         args = ["create", f"--bundle={container.directory}"]
         what = f"create container {container.id}"
+        command = str((container.spec["process"].get("args") or [""])[0])
 
         def on_exit(exit_: Exit) -> None:
             self._exited(container, exit_)
@@ -211,7 +212,7 @@ class Containers:
                 ours.callback(terminal.close)
                 child = self.crun.start_process(
                     what, args, container.id, stdin=-1, stdout=-1, stderr=-1,
-                    console=terminal, on_exit=on_exit, timeout_s=timeout_s,
+                    console=terminal, command=command, on_exit=on_exit, timeout_s=timeout_s,
                 )  # fmt: skip
                 container.child = child
                 master = terminal.receive()
@@ -234,7 +235,7 @@ class Containers:
                 try:
                     container.child = self.crun.start_process(
                         what, args, container.id, stdin=stdin_fd, stdout=theirs[0], stderr=theirs[1],
-                        console=None, on_exit=on_exit, timeout_s=timeout_s,
+                        console=None, command=command, on_exit=on_exit, timeout_s=timeout_s,
                     )  # fmt: skip
                 except BaseException:
                     for reader in sources:

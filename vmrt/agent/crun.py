@@ -26,6 +26,7 @@ _CONSOLES = "/run/vmrt/tty"
 _LOG_LIMIT = 16384
 # crun's own words for a command that cannot be started (libcrun: find_executable, exec).
 _COMMAND_ERRORS = ("executable file", "open executable", "exec format error", "cannot be executed")
+_COMMAND_LIMIT = 256
 DEFAULT_TIMEOUT_S = 60.0
 
 
@@ -45,11 +46,16 @@ def parse_log(text: str) -> str:
     return "; ".join(messages)
 
 
-def refusal(what: str, log: str) -> status.AgentError:
-    """Return the error for a failed crun: INVALID_ARGUMENT when the container's command or directory is to blame."""
+def refusal(what: str, log: str, command: str = "") -> status.AgentError:
+    """Return the error for a failed crun: INVALID_ARGUMENT when the container's command or directory is to blame.
+
+    `command` is the program that was to run: crun does not always name it.
+    """
     message = parse_log(log) or "crun failed without a message"
     lower = message.lower()
     wrong_command = any(words in lower for words in _COMMAND_ERRORS) or lower.startswith("chdir")
+    if wrong_command and command and command not in message:
+        message = f"command {command[:_COMMAND_LIMIT]!r}: {message}"
     return status.AgentError(status.INVALID_ARGUMENT if wrong_command else status.INTERNAL, f"{what}: {message}")
 
 
@@ -84,9 +90,10 @@ class Crun:
         stdin: int = DEVNULL,
         stdout: int = DEVNULL,
         stderr: int = DEVNULL,
+        command: str = "",
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        """Run one crun command to its end; `what` begins the error message."""
+        """Run one crun command to its end; `what` begins the error message, `command` is what crun is to start."""
         log = f"/run/vmrt/crun.{self._number()}.log"
         argv = ["crun", "--root", STATE, f"--log={log}", "--log-format=json", "--cgroup-manager=cgroupfs", *args]
         try:
@@ -101,7 +108,7 @@ class Crun:
                     status.DEADLINE_EXCEEDED, f"{what}: crun {args[0]} did not finish within {timeout_s:.0f} s"
                 )
             if ended.code != 0:
-                raise refusal(what, _read(log, _LOG_LIMIT) or f"crun {args[0]} exited with {ended.code}")
+                raise refusal(what, _read(log, _LOG_LIMIT) or f"crun {args[0]} exited with {ended.code}", command)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(log)  # noqa: PTH108
@@ -116,10 +123,11 @@ class Crun:
         stdout: int,
         stderr: int,
         console: Console | None,
+        command: str,
         on_exit: Callable[[Exit], None] | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Child:
-        """Run `create` or `exec -d` and adopt the process that it leaves."""
+        """Run `create` or `exec -d` of `command` and adopt the process that it leaves."""
         pid_file = f"/run/vmrt/crun.{self._number()}.pid"
         options = [f"--pid-file={pid_file}"]
         if console is not None:
@@ -127,7 +135,7 @@ class Crun:
         try:
             with self._reaper.adopting():
                 argv = [args[0], *options, *args[1:], container_id]
-                self.run(what, argv, stdin=stdin, stdout=stdout, stderr=stderr, timeout_s=timeout_s)
+                self.run(what, argv, stdin=stdin, stdout=stdout, stderr=stderr, command=command, timeout_s=timeout_s)
                 try:
                     pid = int(_read(pid_file, 32))
                 except ValueError:

@@ -109,8 +109,9 @@ class ExecSession:
                 terminal = self._crun.console()
                 ours.callback(terminal.close)
                 self._child = self._crun.start_process(
-                    what, args, container.id, stdin=-1, stdout=-1, stderr=-1, console=terminal, on_exit=self._on_exit
-                )
+                    what, args, container.id, stdin=-1, stdout=-1, stderr=-1,
+                    console=terminal, command=request.args[0], on_exit=self._on_exit,
+                )  # fmt: skip
                 master = terminal.receive()
                 os.set_blocking(master, False)
                 self._sources[master] = pb.STDOUT
@@ -132,7 +133,7 @@ class ExecSession:
                 writers.append(writer)
             self._child = self._crun.start_process(
                 what, args, container.id, stdin=stdin, stdout=writers[0], stderr=writers[1],
-                console=None, on_exit=self._on_exit,
+                console=None, command=request.args[0], on_exit=self._on_exit,
             )  # fmt: skip
 
     def _on_exit(self, exit_: Exit) -> None:
