@@ -25,6 +25,10 @@ DEFAULT_ROOT = Path("/var/lib/vmrt")
 DEFAULT_SOCKET = Path("/run/vmrt/vmrt.sock")
 # sockaddr_un.sun_path has 108 octets with the terminating NUL (unix(7)).
 SOCKET_PATH_LIMIT = 107
+# Below a root: a VM's own sockets ("/vms/", an id of 12 digits, "/s/vsock_1026": vmrt.hypervisor.record), and the
+# monitor that embedded libvirt makes ("domain-", a running number, "-", 20 octets of the domain's name).
+_VM_SOCKET_SUFFIX = len("/vms/") + 12 + len("/s/vsock_1026")
+_MONITOR_SOCKET_SUFFIX = len("/libvirt/lib/qemu/domain-") + 7 + len("-") + 20 + len("/monitor.sock")
 MAX_LOG_LINE_BYTES = 256 * 1024  # of the agent's buffer of 1 MiB per stream
 
 
@@ -169,6 +173,11 @@ def check(config: Config) -> Config:
             hint="a piece of a line must fit into the agent's output buffer, or the container would wait for ever",
         )
     return config
+
+
+def longest_root_octets(hypervisor: HypervisorConfig) -> int:
+    """Return how long a root's path may be, so that the sockets below it fit into sun_path."""
+    return SOCKET_PATH_LIMIT - (_VM_SOCKET_SUFFIX if hypervisor.uri else _MONITOR_SOCKET_SUFFIX)
 
 
 def _default_files() -> list[Path]:

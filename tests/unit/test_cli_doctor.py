@@ -16,6 +16,7 @@ from vmrt.cli.app import Options, cli
 from vmrt.cli.checks import CHECKS, Status, findings
 from vmrt.cli.facts import CniNetwork, DaemonFact, Device, Facts, GuestFact, Tool, gather, may_open
 from vmrt.config import Config, HypervisorConfig, NetworkConfig
+from vmrt.errors import ConfigError
 
 GOOD = Facts(
     kvm=Device(True, "", True),
@@ -128,16 +129,24 @@ def test_what_is_lacking_is_said_with_its_cost_and_its_mending(
     assert all(each.status is Status.OK for each in results.values()), "one lack is one finding"
 
 
-def test_the_socket_bound_is_the_hypervisors() -> None:
-    """`checks` may not import the hypervisor's paths; here both are seen."""
+def test_the_bound_of_a_root() -> None:
+    """Where the doctor says no the hypervisor does too, and where it says yes a VM's sockets fit."""
+    from vmrt.config import longest_root_octets
+    from vmrt.hypervisor.access import require_short
     from vmrt.hypervisor.record import paths_of
 
-    root = Path("/" + "r" * (107 - checks.LONGEST_SOCKET_SUFFIX - 1))
-    paths_of(root / "vms", "0" * 64)
-    assert checks.paths(replace(GOOD, config=Config(root=root))).status is Status.OK
+    for uri in ("", "qemu:///system"):
+        hypervisor = HypervisorConfig(uri=uri)
+        root = Path("/" + "r" * (longest_root_octets(hypervisor) - 1))
+        paths_of(root / "vms", "0" * 12)
+        require_short(root, hypervisor)
+        assert checks.paths(replace(GOOD, config=Config(root=root, hypervisor=hypervisor))).status is Status.OK
+        too_long = Path(f"{root}r")
+        with pytest.raises(ConfigError, match=f"{len(str(too_long))} octets long"):
+            require_short(too_long, hypervisor)
+        assert checks.paths(replace(GOOD, config=Config(root=too_long, hypervisor=hypervisor))).status is Status.FAIL
     with pytest.raises(Exception, match="socket path"):
-        paths_of(Path(f"{root}r") / "vms", "0" * 64)
-    assert checks.paths(replace(GOOD, config=Config(root=Path(f"{root}r")))).status is Status.FAIL
+        paths_of(too_long / "vms", "0" * 12)
 
 
 @pytest.mark.parametrize(

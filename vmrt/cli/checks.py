@@ -7,6 +7,7 @@ says in either case what that costs and how to mend it.
 from __future__ import annotations
 
 import enum
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,14 +15,12 @@ from dataclasses import dataclass
 from vmrt import __version__
 from vmrt.cli.facts import CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Facts
 from vmrt.cli.output import size
-from vmrt.config import SOCKET_PATH_LIMIT
+from vmrt.config import longest_root_octets
 
 # What has been tried; older ones may do.
 QEMU_TRIED, LIBVIRT_TRIED, SKOPEO_TRIED = (7, 2), (9, 0), (1, 9)
 FALLBACK_PLUGINS = ("bridge", "host-local", "portmap")
 GIB = 1024**3
-# Below a root: "/vms/", a 64-digit id, "/s/vsock_1026" (vmrt.hypervisor.record), the longest socket path of a VM.
-LONGEST_SOCKET_SUFFIX = len("/vms/") + 64 + len("/s/vsock_1026")
 
 
 class Status(enum.Enum):
@@ -370,16 +369,17 @@ def cgroups(facts: Facts) -> Finding:
 
 def paths(facts: Facts) -> Finding:
     """Check whether the sockets below root fit into sun_path."""
-    longest = len(str(facts.config.root).encode()) + LONGEST_SOCKET_SUFFIX
-    if longest > SOCKET_PATH_LIMIT:
+    root, most = facts.config.root, longest_root_octets(facts.config.hypervisor)
+    length = len(os.fsencode(root))
+    if length > most:
         return Finding(
             "socket paths",
             Status.FAIL,
-            f"sockets below {facts.config.root} take up to {longest} octets, the kernel takes {SOCKET_PATH_LIMIT}",
-            "VMs cannot be started",
-            f"choose a root of at most {SOCKET_PATH_LIMIT - LONGEST_SOCKET_SUFFIX} octets",
+            f"{root} is {length} octets long, the sockets below it leave {most} to a root",
+            "the daemon does not start",
+            f"choose a root of at most {most} octets",
         )
-    return Finding("socket paths", Status.OK, f"up to {longest} of {SOCKET_PATH_LIMIT} octets")
+    return Finding("socket paths", Status.OK, f"{length} of {most} octets that a root may have")
 
 
 def daemon(facts: Facts) -> Finding:

@@ -9,6 +9,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmrt.config import HypervisorConfig, longest_root_octets
 from vmrt.errors import ConfigError, VmError
 
 
@@ -62,18 +63,34 @@ def require_readable(path: Path, user: QemuUser, *, resource: str, readonly: boo
     """
     real = Path(os.path.realpath(path))
     try:
-        for directory in reversed(real.parents):
-            if not permits(directory.stat(), user, os.X_OK) and not _has_acl(directory):
-                raise VmError(
-                    f"QEMU's user may not pass through {directory} on the way to {path}",
-                    phase="boot",
-                    resource=resource,
-                    hint=f"chmod o+x {directory}, or choose another root",
-                )
+        require_passable(path, user, phase="boot", resource=resource)
         if not permits(real.stat(), user, os.R_OK) and readonly and not _has_acl(real):
             raise VmError(f"QEMU's user may not read {path}", phase="boot", resource=resource, hint=f"chmod o+r {path}")
     except FileNotFoundError as e:
         raise VmError(f"{path} does not exist", phase="boot", resource=resource) from e
+
+
+def require_passable(path: Path, user: QemuUser, *, phase: str, resource: str = "") -> None:
+    """Raise `VmError` naming the directory above `path` that QEMU's user may not pass through."""
+    for directory in reversed(Path(os.path.realpath(path)).parents):
+        if not permits(directory.stat(), user, os.X_OK) and not _has_acl(directory):
+            raise VmError(
+                f"QEMU's user may not pass through {directory} on the way to {path}",
+                phase=phase,
+                resource=resource,
+                hint=f"chmod o+x {directory}, or choose another root",
+            )
+
+
+def require_short(root: Path, config: HypervisorConfig) -> None:
+    """Raise `ConfigError` for a root below which a socket's path would not fit into sun_path."""
+    length, most = len(os.fsencode(root)), longest_root_octets(config)
+    if length > most:
+        raise ConfigError(
+            f"root: the path is {length} octets long, the sockets below it leave {most}",
+            resource=str(root),
+            hint="choose a shorter path",
+        )
 
 
 def _has_acl(path: Path) -> bool:

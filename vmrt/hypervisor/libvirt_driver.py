@@ -21,7 +21,7 @@ from vmrt.config import HypervisorConfig
 from vmrt.errors import AlreadyExistsError, VmError, VmGoneError, VmrtError
 from vmrt.hypervisor import domain, emulator, vhost_vsock, virtiofsd
 from vmrt.hypervisor.accel import Accelerator, KvmProbe
-from vmrt.hypervisor.access import ROOT_USER, QemuUser, require_readable
+from vmrt.hypervisor.access import ROOT_USER, QemuUser, require_passable, require_readable, require_short
 from vmrt.hypervisor.console import Console, ConsoleRing
 from vmrt.hypervisor.libvirt_host import DomainChange, LibvirtHost
 from vmrt.hypervisor.record import Helper, VmPaths, VmRecord, paths_of, read, write
@@ -63,8 +63,10 @@ class LibvirtHypervisor:
 
     async def open(self) -> None:
         """Connect, learn the accelerator and vsock transport, adopt the VMs that run under our root."""
+        require_short(self._root, self._config)
         self._user = QemuUser.lookup(self._config.qemu_user, self._config.qemu_group)
         _make_directory(self._root, 0o711)
+        require_passable(self._root, self._user, phase="start")
         _make_directory(self._vms_directory, 0o711)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self.close)
