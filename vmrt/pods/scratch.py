@@ -15,10 +15,12 @@ import secrets
 from pathlib import Path
 
 from vmrt import spawn
-from vmrt.errors import ExhaustedError, VmrtError
+from vmrt.errors import ExhaustedError, ProcessError, VmrtError
 from vmrt.pods.table import uncancelled
 
 SERIAL = "scratch"
+# A file system with less than this left is full.
+_FULL_BYTES = 1024 * 1024
 
 
 def path(root: Path, vm_id: str) -> Path:
@@ -67,7 +69,18 @@ async def _make_template(template: Path, size_bytes: int) -> None:
         options = "lazy_itable_init=1,nodiscard,root_owner=0:0"
         features = "^has_journal,^resize_inode,^metadata_csum"
         argv: list[str | Path] = ["mkfs.ext4", "-q", "-F", "-m", "0", "-O", features, "-E", options, part]
-        await spawn.run(argv, phase="scratch disk", resource=str(template))
+        try:
+            await spawn.run(argv, phase="scratch disk", resource=str(template))
+        except ProcessError as e:
+            # mkfs says it in words only; its file still takes the room, so the file system itself can tell.
+            left = os.statvfs(part)
+            if left.f_bavail * left.f_frsize < _FULL_BYTES:
+                raise ExhaustedError(
+                    "no space left on device for the scratch disk's template",
+                    phase="scratch disk",
+                    resource=str(template),
+                ) from e
+            raise
         part.replace(template)
     finally:
         part.unlink(missing_ok=True)
