@@ -95,9 +95,9 @@ async def _adopt(table: PodTable, live: LiveSandbox) -> None:
     try:
         async with asyncio.timeout(_ADOPT_TIMEOUT_S):
             await _take_over(table, live, containers)
-    except (VmrtError, TimeoutError) as e:
+    except Exception as e:
         # The guest may be hung or very slow; that is for the operator to see, not a reason to kill it.
-        log.error("sandbox %s: its agent does not answer after the restart: %s", live.id[:13], e or "timed out")
+        log.error("sandbox %s: not adopted after the restart, will be tried again: %r", live.id[:13], e)
         table.background(_keep_adopting(table, live, containers), f"adopt {live.id[:13]}")
 
 
@@ -109,8 +109,8 @@ async def _keep_adopting(table: PodTable, live: LiveSandbox, containers: Sequenc
                 await _take_over(table, live, containers)
         except VmGoneError:
             return
-        except (VmrtError, TimeoutError) as e:
-            log.debug("sandbox %s: its agent still does not answer: %s", live.id[:13], e)
+        except Exception as e:
+            log.debug("sandbox %s: its agent still does not answer: %r", live.id[:13], e)
             continue
         log.info("sandbox %s: its agent answers again", live.id[:13])
         return
