@@ -26,6 +26,13 @@ BOOT_TIMEOUT_S = 12
 CONSOLE = "--- end of the guest's console ---"
 # What /init becomes in place of our agent. /init cuts its words at blanks and knows no quotes.
 MUTE = "/usr/bin/python3 -c print('nobody\\x20home',flush=True);__import__('time').sleep(1000)"
+# Our agent, but the call that configures it for its pod crashes the kernel.
+FAITHLESS = (
+    "/usr/bin/python3 -I -S -B -X utf8 -c "
+    "import\tvmrt.agent.service\tas\ts,runpy;"
+    "s.Service.configure_sandbox=lambda*_:open('/proc/sysrq-trigger','w').write('c');"
+    "runpy.run_module('vmrt.agent',run_name='__main__')"
+)
 
 
 def broken_guest(target: Path, *, append: str = "", agent: str = "", kernel: bytes = b"") -> str:
@@ -71,6 +78,7 @@ def daemon() -> Iterator[Daemon]:
             broken_guest(guests / "panics", append="rdinit=/absent"),
             broken_guest(guests / "panics-and-stays", append="rdinit=/absent panic=0"),
             broken_guest(guests / "mute", agent=MUTE),
+            broken_guest(guests / "faithless", agent=FAITHLESS),
             broken_guest(guests / "no-kernel", kernel=b"no kernel at all\n" * 4096),
             broken_guest(guests / "damaged"),
             broken_guest(guests / "other-protocol"),
@@ -97,6 +105,12 @@ def run(daemon: Daemon, handler: str, logs: Path) -> None:
 def test_a_guest_that_panics(daemon: Daemon, tmp_path: Path) -> None:
     with refused(daemon, CODE.UNKNOWN, "boot, vm ", "ended before its agent reported", CONSOLE) as refusal:
         run(daemon, "panics", tmp_path)
+    assert "Kernel panic" in refusal.text.partition(CONSOLE)[2]
+
+
+def test_a_guest_that_dies_when_it_is_configured(daemon: Daemon, tmp_path: Path) -> None:
+    with refused(daemon, CODE.UNKNOWN, "configure, sandbox ", "did not take its configuration", CONSOLE) as refusal:
+        run(daemon, "faithless", tmp_path)
     assert "Kernel panic" in refusal.text.partition(CONSOLE)[2]
 
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent_client import AgentClient
-from vmrt.errors import VmGoneError, VmrtError
+from vmrt.errors import DeadlineError, UnavailableError, VmError, VmGoneError, VmrtError
 from vmrt.model import Disk, DnsConfig, PodNetwork, SandboxSpec, VmSpec
 from vmrt.pods import resolv, scratch, sizing
 from vmrt.pods.container_events import watch
@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 SHM_BYTES = 64 * 1024**2
 CONFIGURE_TIMEOUT_S = 30.0
+_CONSOLE_SETTLE_S = 0.2
+_CONSOLE_BYTES = 4096
 
 
 @dataclass(slots=True)
@@ -78,8 +80,7 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
         with phases.phase("join"):
             await table.network.join(sandbox_id, vm.tap)
         with phases.phase("configure"):
-            agent = await connect(table, live)
-            await agent.configure_sandbox(configure_request(live.record, network), timeout_s=CONFIGURE_TIMEOUT_S)
+            await _configure(table, live, network)
         state_dir(table, sandbox_id).mkdir(parents=True, exist_ok=True)
         if vm_id not in table.hypervisor.list():
             # The event of its end has come while there was nothing READY that it could change.
@@ -107,6 +108,22 @@ async def connect(table: PodTable, live: LiveSandbox) -> AgentClient:
     live.agent = agent
     await agent.check()
     return agent
+
+
+async def _configure(table: PodTable, live: LiveSandbox, network: PodNetwork) -> None:
+    """Make the booted guest this pod's guest. When it does not answer, the error carries its console."""
+    try:
+        agent = await connect(table, live)
+        await agent.configure_sandbox(configure_request(live.record, network), timeout_s=CONFIGURE_TIMEOUT_S)
+    except (UnavailableError, DeadlineError) as e:
+        # What a dying guest wrote last is still on its way to us.
+        await asyncio.sleep(_CONSOLE_SETTLE_S)
+        raise VmError(
+            f"the guest did not take its configuration: {e.message}",
+            phase="configure",
+            resource=f"sandbox {live.id}",
+            console=table.hypervisor.console_tail(live.record.vm_id, _CONSOLE_BYTES),
+        ) from e
 
 
 async def _vm_and_network(table: PodTable, live: LiveSandbox, vm: VmSpec, phases: Phases) -> PodNetwork:
