@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,6 +161,16 @@ def test_bad_containers(daemon: Daemon, pod: Pod, case: str) -> None:
         pod.create(*command, linux=cri.LinuxContainerConfig(security_context=security), **fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("user", "words"), [("wizard", "user 'wizard'"), ("root:coven", "group 'coven'")])
+def test_an_image_whose_user_is_unknown(daemon: Daemon, pod: Pod, tmp_path: Path, user: str, words: str) -> None:
+    reference = f"localhost/user:{words[:4].strip()}"
+    layer = busybox_image.layer(busybox_image.busybox())
+    busybox_image.write_layout(tmp_path / "layout", reference, [layer], {"User": user})
+    daemon.load(tmp_path / "layout")
+    with refused(daemon, CODE.INVALID_ARGUMENT, words, "is not in the image's /etc/"):
+        pod.create("true", image=reference)
+
+
 def test_a_containers_name_is_taken_until_it_is_removed(daemon: Daemon, pod: Pod) -> None:
     holder = pod.create("true", name="unique")
     with refused(daemon, CODE.ALREADY_EXISTS, f"container {holder}", "unique_0", "is taken"):
@@ -229,23 +240,40 @@ def test_a_cni_plugin_is_missing(daemon: Daemon, plugins: Path, tmp_path: Path) 
             run_pod(daemon, tmp_path)
 
 
-@pytest.mark.parametrize("delay_s", [0, 8])
-def test_a_cni_plugin_fails_half_way(daemon: Daemon, plugins: Path, tmp_path: Path, delay_s: int) -> None:
-    """At once, while QEMU is starting; and late, when the VM waits ready."""
-    note = tmp_path / "note"
+def failing_plugin(plugins: Path, note: Path, delay_s: int) -> None:
+    """A plugin that notes each command and refuses ADD after a while."""
     script = plugins / "fails"
     script.write_text(
         f"#!/bin/sh\ncat > /dev/null\necho $CNI_COMMAND >> {note}\n[ $CNI_COMMAND = ADD ] || exit 0\nsleep {delay_s}\n"
         'echo \'{"cniVersion": "1.0.0", "code": 7, "msg": "no more addresses", "details": "ask again"}\'\nexit 1\n'
     )
     script.chmod(0o755)
+    # The bridge itself is the network's, not the pod's, and there before as it is after any pod.
+    subprocess.run(["ip", "link", "add", BRIDGE, "type", "bridge"], check=True)
+
+
+@pytest.mark.parametrize("delay_s", [0, 8])
+def test_a_cni_plugin_fails_half_way(daemon: Daemon, plugins: Path, tmp_path: Path, delay_s: int) -> None:
+    """At once, while QEMU is starting; and late, when the VM waits ready."""
     words = ("cni add", "sandbox ", "plugin fails", "no more addresses; ask again")
     with network(daemon, plugins, "fails"):
-        # The bridge itself is the network's, not the pod's, and there before as it is after any pod.
-        subprocess.run(["ip", "link", "add", BRIDGE, "type", "bridge"], check=True)
+        failing_plugin(plugins, tmp_path / "note", delay_s)
         with refused(daemon, CODE.UNKNOWN, *words, networks=[BRIDGE]):
             run_pod(daemon, tmp_path)
-    assert note.read_text().split() == ["ADD", "DEL"]
+    assert (tmp_path / "note").read_text().split() == ["ADD", "DEL"]
+
+
+def test_a_client_that_gives_up_while_a_cni_plugin_works(daemon: Daemon, plugins: Path, tmp_path: Path) -> None:
+    with network(daemon, plugins, "fails"):
+        failing_plugin(plugins, tmp_path / "note", 1000)
+        before = Before(daemon, [BRIDGE])
+        call = daemon.runtime.RunPodSandbox.future(cri.RunPodSandboxRequest(config=sandbox_config(tmp_path)))
+        while not (tmp_path / "note").exists():
+            assert not call.done()
+            time.sleep(0.02)
+        call.cancel()
+        before.wait_restored()
+    assert (tmp_path / "note").read_text().split() == ["ADD", "DEL"]
 
 
 # --- daemons ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from vmrt.guest_image import cpio, manifest
 from vmrt.proto.runtime.v1 import api_pb2 as cri
 
 CODE = grpc.StatusCode
-BOOT_TIMEOUT_S = 12
+BOOT_TIMEOUT_S = 20
 CONSOLE = "--- end of the guest's console ---"
 # What /init becomes in place of our agent. /init cuts its words at blanks and knows no quotes.
 MUTE = "/usr/bin/python3 -c print('nobody\\x20home',flush=True);__import__('time').sleep(1000)"

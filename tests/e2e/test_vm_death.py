@@ -119,9 +119,9 @@ def test_the_vsock_helper_is_killed(doomed: Pod) -> None:
     wait_until(lambda: not Path(f"/proc/{pids['qemu-system-x86_64']}/exe").exists())
 
 
-@pytest.mark.parametrize(("key", "last_words"), [("c", "Kernel panic"), ("b", "")])
+@pytest.mark.parametrize(("key", "last_words"), [("c", "Kernel panic"), ("b", ""), ("o", "")])
 def test_the_guest_ends_itself(doomed: Pod, key: str, last_words: str) -> None:
-    """A container that may do so panics or resets its kernel (Documentation/admin-guide/sysrq.rst)."""
+    """A container that may do so panics, resets or powers off its kernel (Documentation/admin-guide/sysrq.rst)."""
     bystander = doomed.run("sleep", "1000")
     security = cri.LinuxContainerSecurityContext(privileged=True)
     script = f"echo written; sleep 1; echo {key} > /proc/sysrq-trigger; sleep 1000"
