@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 _KILL_TIMEOUT_S = 10.0
 _LET_GO_TIMEOUT_S = 10.0
 _CONSOLE_DRAIN_S = 1.0
+_CLEAR_TIMEOUT_S = 5.0  # how long a start waits for the removal of what an earlier daemon left half-made
+_CLEAR_PAUSES_S = (0, 1, 5, 20)
 _END_TOLD_S = 1.0
 _CONSOLE_IN_ERRORS_BYTES = 4096
 
@@ -75,6 +77,9 @@ class LibvirtHypervisor:
                 self._listener = KernelVsockListener()
                 self._listener.open()
             self._emulator = emulator.for_libvirt(self._config.qemu_binary, self._root / "libvirt", self._user)
+            found = ((path.name, read(VmPaths(path))) for path in self._vms_directory.iterdir())
+            half = [vm_id for vm_id, record in found if record is None or not record.ready]
+            await self._host.forget([domain.domain_name(self._instance, vm_id) for vm_id in half])
             await self._host.open(self._on_change, self._emulator)
             await self._adopt()
             undo.pop_all()
@@ -387,13 +392,27 @@ class LibvirtHypervisor:
             vm.domain = name
             self._vms[vm.vm_id] = vm
             if not await self._take_over(vm):
-                await self._tear_down(vm)
+                await self._clear_away(vm)
         for directory in sorted(self._vms_directory.iterdir()):
             if directory.name not in self._vms:
                 log.warning("vm %s: no domain, removing what is left of it", directory.name)
                 paths = VmPaths(directory)
                 vm = self._new_vm(read(paths) or VmRecord(directory.name, "vhost-user"), paths)
+                await self._clear_away(vm)
+
+    async def _clear_away(self, vm: Vm) -> None:
+        """Tear down what cannot be adopted. One that resists, or takes long, keeps no daemon from starting."""
+        task = self._to_the_end(self._persist(vm))
+        await asyncio.wait([task], timeout=_CLEAR_TIMEOUT_S)
+
+    async def _persist(self, vm: Vm) -> None:
+        for pause_s in _CLEAR_PAUSES_S:
+            await asyncio.sleep(pause_s)
+            try:
                 await self._tear_down(vm)
+                return
+            except VmrtError as e:
+                log.warning("vm %s: not removed yet: %s", vm.vm_id, e)
 
     async def _take_over(self, vm: Vm) -> bool:
         """Make a found VM ours again; False when it must go."""

@@ -12,8 +12,10 @@ import asyncio
 import contextlib
 import enum
 import os
+import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ T = TypeVar("T")
 
 # One thread a boot or attach at work: libvirt serialises per domain and parallelises between them.
 _THREADS = 8
+_KILL_TIMEOUT_S = 10.0
 _MESSAGE_LIMIT = 1000
 _MESSAGE_HEAD = 200
 _GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
@@ -86,6 +89,18 @@ def shortened(message: str) -> str:
     if len(message) <= _MESSAGE_LIMIT:
         return message
     return f"{message[:_MESSAGE_HEAD]} [...] {message[_MESSAGE_HEAD - _MESSAGE_LIMIT :]}"
+
+
+def _qemus(names: Sequence[str]) -> list[int]:
+    """Return the pids of these domains' QEMUs, by their command lines: one just started has no pid file yet."""
+    wanted = tuple(f"guest={name},".encode() for name in names)
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (directory / "cmdline").read_bytes().split(b"\0")
+            if b"qemu" in arguments[0] and any(argument.startswith(wanted) for argument in arguments):
+                found.append(int(directory.name))
+    return found
 
 
 def _conf_value(value: str | int | list[str]) -> str:
@@ -256,6 +271,28 @@ class LibvirtHost:
             return int((self._run_directory() / f"{name}.pid").read_text())
         except (OSError, ValueError):
             return None
+
+    async def forget(self, names: Sequence[str]) -> None:
+        """Before `open`: kill these domains' QEMUs and take the domains from the embedded driver's books.
+
+        They are boots that a killed daemon left half-way. libvirt would wait half a minute for the monitor of a QEMU
+        that it has recorded and not started yet, and let nobody end the domain meanwhile. Its books are the status
+        files in its run directory (libvirt, qemuStateInitialize); no other driver reads this one.
+        """
+        if self.embedded and names:
+            await asyncio.to_thread(self._forget, names)
+
+    def _forget(self, names: Sequence[str]) -> None:
+        for pid in _qemus(names):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + _KILL_TIMEOUT_S
+        while _qemus(names) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for name in names:
+            for suffix in (".xml", ".pid"):
+                (self._run_directory() / f"{name}{suffix}").unlink(missing_ok=True)
+            self.drop_log(name)
 
     def _run_directory(self) -> Path:
         return self._directory / "run" / "qemu" if self.embedded else Path("/run/libvirt/qemu")
