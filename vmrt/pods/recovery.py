@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S = 60.0
 _ADOPT_TIMEOUT_S = 15.0
+_SETTLE_S = 20.0
 _ADOPT_PAUSE_S = 5.0
 # What a container reports whose end nobody saw (CRI implementations agree on it).
 UNSEEN_CODE = 255
@@ -47,16 +48,28 @@ async def recover(table: PodTable) -> None:
             # Somebody removed the store's files. A running container has its layers open and goes on.
             log.warning("container %s: its image cannot be held: %s", container.id[:13], e)
     scratch.remove_parts(table.config.root)
-    await asyncio.gather(*(_try(_settle(table, live)) for live in list(table.sandboxes.values())))
+    settling = [
+        table.background(_try(_settle(table, live)), f"settle {live.id[:13]}")
+        for live in list(table.sandboxes.values())
+    ]
+    if settling:
+        # What takes longer goes on while requests are served.
+        await asyncio.wait(settling, timeout=_SETTLE_S)
     await sweep(table)
 
 
 async def _settle(table: PodTable, live: LiveSandbox) -> None:
+    if live.record.state is SandboxState.READY:
+        await _adopt(table, live)
+        return
+    async with live.lock:
+        await _finish(table, live)
+
+
+async def _finish(table: PodTable, live: LiveSandbox) -> None:
     match live.record.state:
         case SandboxState.CREATING:
             await _forget(table, live)
-        case SandboxState.READY:
-            await _adopt(table, live)
         case SandboxState.NOT_READY:
             await _close_containers(table, live)
             if not live.record.released and live.record.vm_id in table.hypervisor.list():
