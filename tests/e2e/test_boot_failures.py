@@ -76,7 +76,6 @@ def daemon() -> Iterator[Daemon]:
         guests.mkdir()
         handlers = [
             broken_guest(guests / "panics", append="rdinit=/absent"),
-            broken_guest(guests / "panics-and-stays", append="rdinit=/absent panic=0"),
             broken_guest(guests / "mute", agent=MUTE),
             broken_guest(guests / "faithless", agent=FAITHLESS),
             broken_guest(guests / "no-kernel", kernel=b"no kernel at all\n" * 4096),
@@ -91,10 +90,26 @@ def daemon() -> Iterator[Daemon]:
             file.write(re.sub(r'"sha256": "[0-9a-f]{4}', '"sha256": "0000', text))
         other = guests / "other-protocol" / manifest.FILE
         other.write_text(other.read_text().replace('"protocol": 1', '"protocol": 9999'))
-        head = f"[hypervisor]\nboot_timeout_s = {BOOT_TIMEOUT_S}\n[handlers.vm]\n"
-        daemon.config.write_text(daemon.config.read_text() + head + "".join(handlers))
+        configure(daemon, "[handlers.vm]\n", *handlers)
         daemon.start()
         yield daemon
+
+
+@pytest.fixture
+def impatient() -> Iterator[Daemon]:
+    """A daemon that does not wait long, with handlers whose guests never answer."""
+    with clean_daemon("late", f"[hypervisor]\nboot_timeout_s = {BOOT_TIMEOUT_S}\n") as daemon:
+        guests = daemon.root / "guests"
+        guests.mkdir()
+        panics = broken_guest(guests / "panics-and-stays", append="rdinit=/absent panic=0")
+        configure(daemon, panics, broken_guest(guests / "mute", agent=MUTE))
+        daemon.start()
+        yield daemon
+
+
+def configure(daemon: Daemon, *tables: str) -> None:
+    """Add to the configuration of a daemon that does not run yet."""
+    daemon.config.write_text(daemon.config.read_text() + "".join(tables))
 
 
 def run(daemon: Daemon, handler: str, logs: Path) -> None:
@@ -114,12 +129,12 @@ def test_a_guest_that_dies_when_it_is_configured(daemon: Daemon, tmp_path: Path)
     assert "Kernel panic" in refusal.text.partition(CONSOLE)[2]
 
 
-def test_guests_that_never_answer(daemon: Daemon, tmp_path: Path) -> None:
+def test_guests_that_never_answer(impatient: Daemon, tmp_path: Path) -> None:
     """One whose kernel stays in its panic, one that boots well and runs something else. Both at the same time."""
-    before = Before(daemon)
+    before = Before(impatient)
     handlers = {"panics-and-stays": "Kernel panic", "mute": "nobody home"}
     with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(run, daemon, handler, tmp_path) for handler in handlers]
+        calls = [pool.submit(run, impatient, handler, tmp_path) for handler in handlers]
     for call, last_words in zip(calls, handlers.values(), strict=True):
         failure = call.exception()
         assert isinstance(failure, grpc.RpcError)
