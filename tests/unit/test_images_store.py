@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tarfile
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -85,7 +86,11 @@ async def store(tmp_path: Path) -> AsyncIterator[ImageStore]:
 
 
 def left(root: Path) -> tuple[int, list[Path]]:
-    """Return how many layers there are and what is in staging."""
+    """Return how many layers there are and what is in staging when its threads have deleted what they are to."""
+    for _ in range(500):
+        if not any((root / "images/staging").glob("gone-*")):
+            break
+        time.sleep(0.01)
     return len(list((root / "images/layers").iterdir())), list((root / "images/staging").iterdir())
 
 
