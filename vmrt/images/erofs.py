@@ -39,10 +39,11 @@ BLOCK_COUNT_LIMIT = 1 << 32
 FLAT_PLAIN, FLAT_INLINE = 0, 2
 COMPAT_SB_CHKSUM, COMPAT_MTIME = 1, 2
 
-_FILE_TYPES = {S_IFREG: 1, S_IFDIR: 2, S_IFCHR: 3, S_IFBLK: 4, S_IFIFO: 5, S_IFLNK: 7}
+FILE_TYPE_DIRECTORY = 2
+_FILE_TYPES = {S_IFREG: 1, S_IFDIR: FILE_TYPE_DIRECTORY, S_IFCHR: 3, S_IFBLK: 4, S_IFIFO: 5, S_IFLNK: 7}
 
 # The longest prefix comes first where two match; the two ACL names are whole names.
-_XATTR_PREFIXES = (
+XATTR_PREFIXES = (
     (b"system.posix_acl_access", 2),
     (b"system.posix_acl_default", 3),
     (b"user.", 1),
@@ -50,10 +51,10 @@ _XATTR_PREFIXES = (
     (b"security.", 6),
 )
 
-_INODE = struct.Struct("<HHHHQIIIIqII16x")
-_DIRENT = struct.Struct("<QHBB")
-_SUPER = struct.Struct("<IIIBBHQQIIII16s16sIHHHB37x")
-assert _INODE.size == INODE_BYTES and _SUPER.size == 128
+INODE = struct.Struct("<HHHHQIIIIqII16x")
+DIRENT = struct.Struct("<QHBB")
+SUPER = struct.Struct("<IIIBBHQQIIII16s16sIHHHB37x")
+assert INODE.size == INODE_BYTES and SUPER.size == 128
 
 _BUFFER_BYTES = 1 << 20
 _AREA_BLOCKS = 32
@@ -195,7 +196,7 @@ class ErofsWriter:
             os.pwrite(self._fd, struct.pack("<I", count), nid * SLOT_BYTES + 44)
         end = self._next_block * BLOCK
         os.ftruncate(self._fd, end)
-        _SUPER.pack_into(
+        SUPER.pack_into(
             head,
             SUPER_OFFSET,
             MAGIC,
@@ -306,7 +307,7 @@ class ErofsWriter:
         layout = FLAT_INLINE if inline else FLAT_PLAIN
         seconds, nanoseconds = divmod(attributes.mtime_ns, 1_000_000_000)
         try:
-            head = _INODE.pack(
+            head = INODE.pack(
                 1 | layout << 1,
                 1 + (len(xattrs) - 12) // 4 if xattrs else 0,
                 attributes.mode,
@@ -406,7 +407,7 @@ def _plan(directory: Directory) -> list[tuple[list[bytes], int]]:
     for name in sorted([b".", b"..", *directory.children]):
         if not 0 < len(name) <= NAME_LIMIT or b"/" in name or b"\0" in name:
             raise ErofsError(f"a directory cannot hold the name {name!r}")
-        need = _DIRENT.size + len(name)
+        need = DIRENT.size + len(name)
         if used + need > BLOCK:
             blocks.append((names, used))
             names, used = [], 0
@@ -420,11 +421,11 @@ def _dirents(directory: Directory) -> Iterator[bytes]:
     """Pack each block: the fixed entries, then the names they point to. All but the last are filled up with zeros."""
     resolve: Callable[[bytes], tuple[int, int]] = _resolver(directory)
     for index, (names, used) in enumerate(directory.blocks):
-        offset = len(names) * _DIRENT.size
+        offset = len(names) * DIRENT.size
         entries = bytearray()
         for name in names:
             nid, mode = resolve(name)
-            entries += _DIRENT.pack(nid, offset, _FILE_TYPES[S_IFMT(mode)], 0)
+            entries += DIRENT.pack(nid, offset, _FILE_TYPES[S_IFMT(mode)], 0)
             offset += len(name)
         block = bytes(entries) + b"".join(names)
         last = index == len(directory.blocks) - 1
@@ -444,7 +445,7 @@ def _resolver(directory: Directory) -> Callable[[bytes], tuple[int, int]]:
 
 
 def _xattr_index(name: bytes) -> tuple[int, bytes] | None:
-    for prefix, index in _XATTR_PREFIXES:
+    for prefix, index in XATTR_PREFIXES:
         if name.startswith(prefix):
             rest = name.removeprefix(prefix)
             # The ACL names stand for themselves, the others are prefixes of something.

@@ -7,33 +7,38 @@ Rules (image-spec, layer.md; where it is silent, containerd's archive package is
 - ``.wh..wh..opq`` becomes ``trusted.overlay.opaque=y`` on its directory (kernel, Documentation/filesystems/
   overlayfs.rst); other ``.wh..wh.*`` names are aufs's own and are left out, with what is below them.
 - A later entry replaces an earlier one of the same path; a directory meeting a directory only changes its attributes.
-- Parents that no entry names are made, root's and 0755. A parent that is a symbolic link of this layer is followed
-  inside the layer, as containerd does; one that is any other kind of file is refused.
+- Parents that no entry names (the root, too) are made, root's and 0755, and marked: a lower layer may know better
+  (inherit.py). A parent that is a symbolic link of this layer is followed inside the layer, as containerd does; one
+  that is any other kind of file is refused.
 - Leading "/" and "./" are dropped; "..", empty names, NUL and over-long names are refused, by name.
 - A hard link's target must be an earlier entry of this layer and no directory.
 - ``trusted.overlay.*`` attributes of the archive are dropped (they would steer the guest's overlay), as are those that
   Linux has no place for.
 
-One layer is converted once, without its parents: a parent that is a symbolic link in a *lower* layer is not seen.
+One layer is converted once, without those below it: a parent that is a symbolic link in a *lower* layer is not seen.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vmrt.errors import ExhaustedError, ImageError
-from vmrt.images import erofs
+from vmrt.images import erofs, inherit
+from vmrt.images.erofs_tree import ErofsTree
+from vmrt.images.inherit import IMPLIED, OPAQUE
 from vmrt.images.tar import Entry, Kind, TarError, TarReader
 
 ENTRY_LIMIT = 2_000_000
 PATH_LIMIT = 4095
 SYMLINK_FOLLOW_LIMIT = 40
-OPAQUE = b"trusted.overlay.opaque"
 _WHITEOUT = b".wh."
 _OPAQUE_MARK = b".wh..wh..opq"
 _AUFS = b".wh..wh."
@@ -46,7 +51,7 @@ _MODES = {
     Kind.FIFO: stat.S_IFIFO,
     Kind.DIRECTORY: stat.S_IFDIR,
 }
-_IMPLIED = erofs.Attributes(stat.S_IFDIR | 0o755)
+_UNNAMED = erofs.Attributes(stat.S_IFDIR | 0o755)
 
 
 class LayerError(ValueError):
@@ -72,7 +77,10 @@ class _Leaf:
 
 @dataclass(slots=True, eq=False)
 class _Folder:
-    attributes: erofs.Attributes = _IMPLIED
+    """A directory. `implied`: no entry names it, and this layer does not replace it either."""
+
+    attributes: erofs.Attributes = _UNNAMED
+    implied: bool = True
     children: dict[bytes, _Leaf | _Folder] = field(default_factory=dict)
     whiteouts: set[bytes] = field(default_factory=set)
     opaque: bool = False
@@ -129,7 +137,7 @@ class _Layer:
         if not parts:
             if entry.kind is not Kind.DIRECTORY:
                 raise LayerError(f"{_show(entry.name)}: the root must be a directory")
-            self._root.attributes = _attributes(entry)
+            self._root.attributes, self._root.implied = _attributes(entry), False
             return
         folder, last = self._folder(parts[:-1], entry.name), parts[-1]
         if last == _OPAQUE_MARK:
@@ -143,7 +151,7 @@ class _Layer:
             present = folder.children.get(last)
             if not isinstance(present, _Folder):
                 present = folder.children[last] = _Folder()
-            present.attributes = _attributes(entry)
+            present.attributes, present.implied = _attributes(entry), False
         elif entry.kind is Kind.LINK:
             folder.children[last] = self._linked(entry)
         else:
@@ -209,13 +217,13 @@ class _Layer:
         stack = [(self._root, root)]
         while stack:
             folder, directory = stack.pop()
-            if folder.opaque:
-                xattrs = {**(folder.attributes.xattrs or {}), OPAQUE: b"y"}
+            if marks := {mark: b"y" for mark, on in ((OPAQUE, folder.opaque), (IMPLIED, folder.implied)) if on}:
+                xattrs = {**(folder.attributes.xattrs or {}), **marks}
                 directory.attributes = dataclasses.replace(folder.attributes, xattrs=xattrs)
             for name in folder.whiteouts:
                 present = folder.children.get(name)
                 if isinstance(present, _Folder):
-                    present.opaque = True
+                    present.opaque, present.implied = True, False
                 elif present is None:
                     if whiteout is None:
                         whiteout = self._writer.special(erofs.Attributes(stat.S_IFCHR)), stat.S_IFCHR
@@ -280,3 +288,24 @@ def write(chunks: Iterable[bytes], fd: int, *, name: str = "layer") -> Converted
     except OSError as e:
         raise disk_error(e, name) from e
     return converted
+
+
+def write_correction(layers: Sequence[Path], target: Path, name: str, stop: threading.Event) -> tuple[str, int] | None:
+    """Write the layer that `inherit.correction` finds for these (base first) to `target`, as `blob.convert` does.
+
+    Returns its digest and size; None, and no file, when none is needed or `stop` was set.
+    """
+    try:
+        root = inherit.correction([ErofsTree(path) for path in layers], stop)
+        if root is None:
+            return None
+        with target.open("x+b", buffering=0) as file:
+            size = erofs.ErofsWriter(file.fileno()).finish(root)
+            os.fchmod(file.fileno(), 0o444)
+            os.fsync(file.fileno())
+            file.seek(0)
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}", size
+    except (inherit.MergeError, erofs.ErofsError) as e:
+        raise ImageError(f"cannot put the layers together: {e}", phase="store image", resource=name) from e
+    except OSError as e:
+        raise disk_error(e, name) from e

@@ -1,5 +1,7 @@
 """The layer files of a store: each made once, named by its diff ID, and held while somebody works with it.
 
+A correction (inherit.py) is a layer file like any other, but named by its own digest.
+
 A file is under its name only when it is whole, verified and synced. Records are changed by the event loop's thread
 only; conversions run in the executor's.
 """
@@ -10,15 +12,16 @@ import asyncio
 import contextlib
 import os
 import secrets
+import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vmrt.errors import ImageError
 from vmrt.images.blob import Blob, convert
-from vmrt.images.layer import disk_error
+from vmrt.images.layer import disk_error, write_correction
 from vmrt.images.records import LayerRecord, Records
 
 
@@ -94,16 +97,42 @@ class Layers:
                     phase="verify",
                     resource=work.name,
                 )
-            self._hold([done.diff_id], work)
-            try:
-                image.rename(self.path(done.diff_id))
-                await asyncio.get_running_loop().run_in_executor(self._executor, _fsync_directory, self.directory)
-            except OSError as e:
-                raise disk_error(e, work.name) from e
-            self._records.put_layer(
-                LayerRecord(done.diff_id, done.size_bytes, done.opaque_root), blob_digest or done.blob_digest
-            )
+            record = LayerRecord(done.diff_id, done.size_bytes, done.opaque_root)
+            await self._admit(image, record, blob_digest or done.blob_digest, work)
             return done.diff_id
+
+    async def _admit(self, image: Path, record: LayerRecord, blob_digest: str, work: Work) -> None:
+        """Move a whole and synced file to its name, and record it."""
+        self._hold([record.diff_id], work)
+        try:
+            os.rename(image, self.path(record.diff_id))  # noqa: PTH104 - pathlib's form is not for async functions
+            await asyncio.get_running_loop().run_in_executor(self._executor, _fsync_directory, self.directory)
+        except OSError as e:
+            raise disk_error(e, work.name) from e
+        self._records.put_layer(record, blob_digest)
+
+    async def _correct(self, diff_ids: Sequence[str], work: Work) -> str:
+        image = work.directory / f"{secrets.token_hex(8)}.erofs"
+        paths = [self.path(diff_id) for diff_id in diff_ids]
+        stop = threading.Event()
+        running = asyncio.get_running_loop().run_in_executor(
+            self._executor, write_correction, paths, image, work.name, stop
+        )
+        try:
+            made = await asyncio.shield(running)
+        except asyncio.CancelledError:
+            # The directory it writes to is about to go.
+            stop.set()
+            await asyncio.wait([running])
+            raise
+        if made is None:
+            return ""
+        name, size_bytes = made
+        if name in self._records.layers:
+            self._hold([name], work)
+        else:
+            await self._admit(image, LayerRecord(name, size_bytes, opaque_root=False), "", work)
+        return name
 
     def _hold(self, diff_ids: Iterable[str], work: Work) -> None:
         for diff_id in diff_ids:
@@ -130,6 +159,10 @@ class Work:
     async def add(self, blob: Blob, blob_digest: str, progress: list[int]) -> str:
         """Convert a blob unless that was done already; return its diff ID."""
         return await self._layers._convert(blob, blob_digest, self, progress)
+
+    async def correct(self, diff_ids: Sequence[str]) -> str:
+        """Return the layer to put on top of these (base first, held by this work), made if need be; "" for none."""
+        return await self._layers._correct(diff_ids, self)
 
 
 def _fsync_directory(path: Path) -> None:

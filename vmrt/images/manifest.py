@@ -17,8 +17,8 @@ from vmrt.model import ImageConfig
 
 MANIFEST_LIMIT_BYTES = 4 << 20
 CONFIG_LIMIT_BYTES = 8 << 20
-# overlayfs takes at most 500 lower layers (fs/overlayfs, OVL_MAX_STACK).
-LAYER_LIMIT = 500
+# overlayfs takes at most 500 lower layers (fs/overlayfs, OVL_MAX_STACK); one of them may be a correction (inherit.py).
+LAYER_LIMIT = 499
 
 _ARCHITECTURES = {
     "x86_64": "amd64",

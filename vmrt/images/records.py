@@ -14,16 +14,21 @@ import msgspec
 
 from vmrt.errors import ImageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE image (id TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT;
 CREATE TABLE layer (diff_id TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, opaque_root INTEGER NOT NULL) STRICT;
 CREATE TABLE blob (digest TEXT PRIMARY KEY, diff_id TEXT NOT NULL) STRICT;
 """
+# Layers written under version 1 lack the marks of inherit.py: the next pull or load has to convert their blobs anew.
+_FROM_VERSION_1 = "DELETE FROM blob;"
 
 
 class ImageRecord(msgspec.Struct, frozen=True):
-    """One image. `config` is its configuration as the registry has it; `removed` hides it while someone retains it."""
+    """One image. `config` is its configuration as the registry has it; `removed` hides it while someone retains it.
+
+    `correction` is the layer that goes on top of those of the image itself, "" for none (inherit.py).
+    """
 
     id: str
     config: str
@@ -31,10 +36,16 @@ class ImageRecord(msgspec.Struct, frozen=True):
     tags: frozenset[str] = frozenset()
     digests: frozenset[str] = frozenset()
     removed: bool = False
+    correction: str = ""
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """Every layer that the image needs, base first."""
+        return (*self.diff_ids, self.correction) if self.correction else self.diff_ids
 
 
 class LayerRecord(msgspec.Struct, frozen=True):
-    """One converted layer."""
+    """One layer image: converted, and named by its diff ID; or a correction, named by the image's own digest."""
 
     diff_id: str
     size_bytes: int
@@ -59,6 +70,8 @@ class Records:
             (version,) = database.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 database.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+            elif version == 1:
+                database.executescript(f"BEGIN;{_FROM_VERSION_1}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
             elif version != SCHEMA_VERSION:
                 raise ImageError(
                     f"the image records have version {version}, this vmrt reads {SCHEMA_VERSION}",
@@ -96,19 +109,16 @@ class Records:
         for image_id in drop:
             self.images.pop(image_id, None)
 
-    def put_layer(self, layer: LayerRecord, blob_digest: str) -> None:
-        """Write a layer and the blob it came from."""
-        self._write(
-            [
-                (
-                    "INSERT OR REPLACE INTO layer VALUES (?, ?, ?)",
-                    (layer.diff_id, layer.size_bytes, int(layer.opaque_root)),
-                ),
-                ("INSERT OR REPLACE INTO blob VALUES (?, ?)", (blob_digest, layer.diff_id)),
-            ]
-        )
+    def put_layer(self, layer: LayerRecord, blob_digest: str = "") -> None:
+        """Write a layer and the blob it came from ("" for none)."""
+        values = layer.diff_id, layer.size_bytes, int(layer.opaque_root)
+        statements: list[tuple[str, tuple[object, ...]]] = [("INSERT OR REPLACE INTO layer VALUES (?, ?, ?)", values)]
+        if blob_digest:
+            statements.append(("INSERT OR REPLACE INTO blob VALUES (?, ?)", (blob_digest, layer.diff_id)))
+        self._write(statements)
         self.layers[layer.diff_id] = layer
-        self.blobs[blob_digest] = layer.diff_id
+        if blob_digest:
+            self.blobs[blob_digest] = layer.diff_id
 
     def drop_layers(self, diff_ids: Iterable[str]) -> None:
         """Forget layers and the blobs they came from."""

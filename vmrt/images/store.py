@@ -1,7 +1,7 @@
 """The image store: names, images, and one read-only EROFS image per layer, all under one directory.
 
     <root>/images.db            the records (records.py)
-    <root>/layers/<hex>.erofs   one per diff ID, mode 0444, there only when whole and synced
+    <root>/layers/<hex>.erofs   one per diff ID or correction, mode 0444, there only when whole and synced
     <root>/staging/<random>/    private to one pull or load, removed with it; what is left at `open` is removed then
 
 Rules:
@@ -95,7 +95,7 @@ class ImageStore:
         self._change(
             [
                 record
-                if all(diff_id in self._records.layers for diff_id in record.diff_ids)
+                if all(diff_id in self._records.layers for diff_id in record.stack)
                 else msgspec.structs.replace(record, tags=frozenset(), digests=frozenset(), removed=True)
                 for record in self._records.images.values()
             ]
@@ -254,7 +254,8 @@ class ImageStore:
                     session = Session(wanted, auth, self._config, directory)
                     fetched, digest = await pull.fetch(session, directory, work, report, name)
                     tags = frozenset() if wanted.digest else frozenset((wanted.canonical,))
-                    self._admit(fetched, tags, frozenset((wanted.at(digest),)))
+                    correction = await work.correct(fetched.diff_ids)
+                    self._admit(fetched, correction, tags, frozenset((wanted.at(digest),)))
         except TimeoutError as e:
             raise DeadlineError(f"not finished within {timeout_s:g} s", phase="pull", resource=name) from e
         except OSError as e:
@@ -289,7 +290,7 @@ class ImageStore:
                     if progress is not None:
                         progress("convert", total, total)
                     fetched = pull.verify(image.config, image.config_digest, diff_ids, str(path))
-                    self._admit(fetched, tags, frozenset())
+                    self._admit(fetched, await work.correct(fetched.diff_ids), tags, frozenset())
                     loaded.append(fetched.image_id)
                     log.info("loaded %s from %s: %s", ", ".join(sorted(tags)) or "an unnamed image", path, loaded[-1])
         return loaded
@@ -315,7 +316,7 @@ class ImageStore:
         finally:
             self._sweep()
 
-    def _admit(self, fetched: Fetched, tags: frozenset[str], digests: frozenset[str]) -> None:
+    def _admit(self, fetched: Fetched, correction: str, tags: frozenset[str], digests: frozenset[str]) -> None:
         """Record an image under its names; a tag leaves the image that had it."""
         changed = []
         for record in self._records.images.values():
@@ -333,6 +334,7 @@ class ImageStore:
                 fetched.diff_ids,
                 tags | (before.tags if before else frozenset()),
                 digests | (before.digests if before else frozenset()),
+                correction=correction,
             )
         )
         self._change(changed)
@@ -351,7 +353,7 @@ class ImageStore:
 
     def _view(self, record: ImageRecord) -> Image:
         config, _ = manifest.parse_config(record.config.encode(), record.id)
-        layers = [self._records.layers[diff_id] for diff_id in record.diff_ids]
+        layers = [self._records.layers[diff_id] for diff_id in record.stack]
         # What is below a layer whose root is opaque cannot be seen, and overlayfs would show it all the same.
         bottom = max((i for i, layer in enumerate(layers) if layer.opaque_root), default=0)
         # overlayfs takes no directory twice; the upper of two equal layers shows all that the lower one could.
@@ -376,7 +378,7 @@ class ImageStore:
         dead = [record.id for record in self._records.images.values() if record.removed and record.id not in retained]
         if dead:
             self._records.put_images([], drop=dead)
-        needed = {diff_id for record in self._records.images.values() for diff_id in record.diff_ids}
+        needed = {diff_id for record in self._records.images.values() for diff_id in record.stack}
         self._layers.sweep(needed)
 
     def _parse(self, text: str) -> Reference:
