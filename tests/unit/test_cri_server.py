@@ -10,7 +10,7 @@ import socket
 import stat
 import tempfile
 import urllib.parse
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import grpc.aio
 import pytest
 
 import vmrt
+from vmrt.agent import agent_pb2 as pb
 from vmrt.config import Config
 from vmrt.cri import interceptor, server
 from vmrt.cri.control_service import image_events
@@ -36,9 +37,11 @@ from vmrt.errors import (
     VmError,
     VmrtError,
 )
-from vmrt.model import ContainerSpec, Image, ImageConfig, RegistryAuth, SandboxSpec
+from vmrt.model import ContainerSpec, Image, ImageConfig, LinuxResources, RegistryAuth, SandboxSpec
 from vmrt.pods.drivers import ImageStore, Progress
+from vmrt.pods.lifecycle import Change, Event, Lifecycle
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
+from vmrt.pods.stats import Figures
 from vmrt.proto.runtime.v1 import api_pb2 as cri
 from vmrt.proto.runtime.v1 import api_pb2_grpc as cri_grpc
 from vmrt.proto.vmrt.v1 import control_pb2 as control
@@ -72,6 +75,8 @@ class FakePods(Pods):
         self.calls: list[tuple[object, ...]] = []
         self.error: BaseException | None = None
         self.result = Result()
+        self.by_sandbox: dict[str, Figures] = {}
+        self.lifecycle = Lifecycle()
         self.entered = asyncio.Event()
         self.cancelled = asyncio.Event()
 
@@ -131,6 +136,24 @@ class FakePods(Pods):
 
     async def reopen_log(self, container_id: str) -> None:
         await self._do("reopen", container_id)
+
+    async def update_container(self, container_id: str, change: LinuxResources) -> None:
+        await self._do("update", container_id, change.memory_limit_bytes)
+
+    async def update_sandbox(
+        self, sandbox_id: str, overhead: LinuxResources | None, resources: LinuxResources | None
+    ) -> None:
+        await self._do("resize", sandbox_id, overhead, None if resources is None else resources.memory_limit_bytes)
+
+    async def figures(self, sandbox_ids: Iterable[str]) -> dict[str, Figures]:
+        return {key: self.by_sandbox[key] for key in sandbox_ids if key in self.by_sandbox}
+
+    @property
+    def writable_layers(self) -> Path:
+        return Path("/layers")
+
+    def events(self) -> AsyncIterator[Event]:
+        return self.lifecycle.subscribe()
 
     async def status(self) -> Ready:
         return Ready()
@@ -454,20 +477,7 @@ async def test_images(edge: Edge) -> None:
         await edge.image.ImageStatus(cri.ImageStatusRequest())
 
 
-UNARY_TO_COME = [
-    "UpdateContainerResources",
-    "Exec",
-    "Attach",
-    "PortForward",
-    "ContainerStats",
-    "ListContainerStats",
-    "PodSandboxStats",
-    "ListPodSandboxStats",
-    "CheckpointContainer",
-    "ListMetricDescriptors",
-    "ListPodSandboxMetrics",
-    "UpdatePodSandboxResources",
-]
+UNARY_TO_COME = ["Exec", "Attach", "PortForward", "CheckpointContainer"]
 
 
 def rpc(name: str) -> tuple[str, bool]:
@@ -485,25 +495,38 @@ async def test_calls_to_come_are_unimplemented(edge: Edge, name: str) -> None:
         await getattr(edge.runtime, name)(getattr(cri, request)())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "StreamPodSandboxes",
-        "StreamContainers",
-        "StreamContainerStats",
-        "StreamPodSandboxStats",
-        "StreamPodSandboxMetrics",
-        "GetContainerEvents",
-        "StreamImages",
-    ],
-)
-async def test_streams_to_come_are_unimplemented(edge: Edge, name: str) -> None:
-    request, streaming = rpc(name)
-    assert streaming
-    stub = edge.image if name == "StreamImages" else edge.runtime
-    async with refused(grpc.StatusCode.UNIMPLEMENTED, f"{name} is not implemented by vmrt"):
-        async for _ in getattr(stub, name)(getattr(cri, request)()):
-            pytest.fail("a message came")
+async def test_figures_limits_and_events(edge: Edge) -> None:
+    runtime = edge.runtime
+    pod = (await runtime.RunPodSandbox(sandbox_request())).pod_sandbox_id
+    container = (await runtime.CreateContainer(container_request(pod))).container_id
+    stats = (await runtime.ContainerStats(cri.ContainerStatsRequest(container_id=container))).stats
+    assert (stats.attributes.id, stats.HasField("cpu")) == (container, False)
+    edge.pods.by_sandbox[pod] = Figures(7, pb.SandboxStat(), {container: pb.ContainerStat(cpu_usage_us=2)})
+    listed = (await runtime.ListContainerStats(cri.ListContainerStatsRequest())).stats
+    assert [(s.cpu.timestamp, s.cpu.usage_core_nano_seconds.value) for s in listed] == [(7, 2000)]
+    async for message in runtime.StreamPodSandboxStats(cri.StreamPodSandboxStatsRequest()):
+        assert [s.attributes.id for s in message.pod_sandbox_stats] == [pod]
+    async for images in edge.image.StreamImages(cri.StreamImagesRequest()):
+        assert len(images.images) == 1
+    status = await runtime.PodSandboxStatus(cri.PodSandboxStatusRequest(pod_sandbox_id=pod))
+    assert [c.id for c in status.containers_statuses] == [container]
+    assert status.timestamp > 0
+    limits = cri.LinuxContainerResources(memory_limit_in_bytes=5)
+    await runtime.UpdateContainerResources(cri.UpdateContainerResourcesRequest(container_id=container, linux=limits))
+    await runtime.UpdatePodSandboxResources(cri.UpdatePodSandboxResourcesRequest(pod_sandbox_id=pod, resources=limits))
+    assert edge.pods.calls[-2:] == [("update", container, 5), ("resize", pod, None, 5)]
+    async with refused(grpc.StatusCode.NOT_FOUND, "no such container"):
+        await runtime.ContainerStats(cri.ContainerStatsRequest(container_id="ff"))
+    events = runtime.GetContainerEvents(cri.GetEventsRequest())
+    reading = asyncio.ensure_future(events.read())
+    while not edge.pods.lifecycle._subscribers:
+        await asyncio.sleep(0)
+    edge.pods.lifecycle.publish(pod, (Change.STARTED,), lambda: (edge.pods.sandbox(pod), edge.pods.containers()))
+    event = await reading
+    assert isinstance(event, cri.ContainerEventResponse)
+    assert (event.container_id, event.container_event_type) == (pod, cri.CONTAINER_STARTED_EVENT)
+    assert (event.pod_sandbox_status.metadata.name, event.containers_statuses[0].id) == ("web", container)
+    events.cancel()
 
 
 async def test_control(edge: Edge) -> None:

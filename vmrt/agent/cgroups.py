@@ -76,6 +76,19 @@ class Cgroup:
         except ValueError:
             return 0
 
+    def text(self, name: str) -> str:
+        """Return a file as it is, "" when there is none: an absent controller is no error."""
+        return _read(f"{self.path}/{name}")
+
+    def processes(self) -> list[int]:
+        """Return the processes in it and below."""
+        return [
+            int(pid)
+            for directory, _, _ in os.walk(self.path)
+            for pid in _read(f"{directory}/cgroup.procs").split()
+            if pid != "0"  # one of a PID namespace that ours does not contain
+        ]
+
     def remove(self) -> bool:
         """Kill what is left and remove it with its leaves; False when something would not die in about a second."""
         for _ in range(_REMOVE_TRIES):

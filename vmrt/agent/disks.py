@@ -58,12 +58,24 @@ def find(serial: str, sys_block: str = "/sys/block") -> str:
     return ""
 
 
+def opens(device: str) -> bool:
+    """Whether a disk can be opened by now.
+
+    The kernel (6.1, device_add_disk) shows a disk in sysfs and devtmpfs before it can be opened: ENXIO till then.
+    """
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
 def wait_for(serial: str, deadline: float) -> str:
     """Return the device path ("/dev/sda") of the disk with this serial, waiting until `deadline` (monotonic seconds).
 
     Raises `AgentError` (NOT_FOUND) when it does not appear.
     """
-    if name := find(serial):
+    if (name := find(serial)) and opens(f"/dev/{name}"):
         return f"/dev/{name}"
     events = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_DGRAM | _socket.SOCK_NONBLOCK, _NETLINK_KOBJECT_UEVENT)
     try:
@@ -72,7 +84,7 @@ def wait_for(serial: str, deadline: float) -> str:
         poll.register(events.fileno(), select.POLLIN)
         while True:
             # Scanned after the socket is bound: a disk that came in between is not missed.
-            if name := find(serial):
+            if (name := find(serial)) and opens(f"/dev/{name}"):
                 return f"/dev/{name}"
             left = deadline - time.monotonic()
             if left <= 0:

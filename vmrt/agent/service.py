@@ -27,7 +27,6 @@ SERVICE = "vmrt.agent.v1.Agent"
 MAX_TIMEOUT_S = 300.0
 DEFAULT_TIMEOUT_S = 60.0
 RELEASE_FILE = "/etc/vmrt-guest-version"
-_USAGE_AGE_S = 10.0
 
 
 class Service:
@@ -124,8 +123,13 @@ class Service:
     def container_stats(self, request: pb.ContainerStatsRequest, deadline: float) -> pb.ContainerStatsResponse:
         """Tell what containers use; those that do not exist (any more) are left out."""
         wanted = set(request.container_ids)
-        chosen = [c for c in self.containers.all() if not wanted or c.id in wanted]
-        return pb.ContainerStatsResponse(stats=[container_stat(container) for container in chosen])
+        from vmrt.agent import stats
+
+        everyone = self.containers.all()
+        return pb.ContainerStatsResponse(
+            stats=[stats.container_stat(c) for c in everyone if not wanted or c.id in wanted],
+            sandbox=stats.sandbox_stat(everyone),
+        )
 
     def update_container(self, request: pb.UpdateContainerRequest, deadline: float) -> pb.UpdateContainerResponse:
         """Change a container's limits."""
@@ -146,29 +150,6 @@ class Service:
         os.sync()
         rootfs.unmount(layout.SCRATCH)
         return pb.ShutdownResponse()
-
-
-def container_stat(container: containers.Container) -> pb.ContainerStat:
-    """Read a container's cgroup; the working set is what kubelet calls so: usage without inactive page cache."""
-    cgroup = container.cgroup
-    memory = cgroup.keyed("memory.stat")
-    current = cgroup.number("memory.current")
-    measured_at, octets, inodes = container.measured
-    if time.monotonic() - measured_at > _USAGE_AGE_S:
-        octets, inodes = rootfs.usage(f"{container.writable}/u")
-        container.measured = (time.monotonic(), octets, inodes)
-    return pb.ContainerStat(
-        container_id=container.id,
-        cpu_usage_us=cgroup.keyed("cpu.stat").get("usage_usec", 0),
-        memory_current_bytes=current,
-        memory_working_set_bytes=max(0, current - memory.get("inactive_file", 0)),
-        memory_rss_bytes=memory.get("anon", 0),
-        page_faults=memory.get("pgfault", 0),
-        major_page_faults=memory.get("pgmajfault", 0),
-        writable_used_bytes=octets,
-        writable_inodes_used=inodes,
-        pids=cgroup.number("pids.current"),
-    )
 
 
 def guest_version() -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 from vmrt.cri import fields, specs, statuses
-from vmrt.cri.interceptor import unimplemented
 from vmrt.model import Image, RegistryAuth
 from vmrt.pods.drivers import ImageStore
 from vmrt.proto.runtime.v1 import api_pb2 as cri
@@ -84,4 +84,9 @@ class ImageService(cri_grpc.ImageServiceServicer):
         )
         return cri.ImageFsInfoResponse(image_filesystems=[usage])
 
-    StreamImages = unimplemented("StreamImages")
+    async def StreamImages(
+        self, request: cri.StreamImagesRequest, context: Any
+    ) -> AsyncIterator[cri.StreamImagesResponse]:
+        """As ListImages, an image a message."""
+        for image in self._images.list(fields.text(request.filter.image.image, "filter.image.image")):
+            yield cri.StreamImagesResponse(images=[statuses.image_message(image)])

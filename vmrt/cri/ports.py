@@ -6,11 +6,14 @@ Cancelling a call must leave the pods room consistent: a create that is cancelle
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
-from vmrt.model import ContainerSpec, SandboxSpec
+from vmrt.model import ContainerSpec, LinuxResources, SandboxSpec
+from vmrt.pods.lifecycle import Event
 from vmrt.pods.records import ContainerRecord, SandboxRecord
+from vmrt.pods.stats import Figures
 
 
 class ExecResult(Protocol):
@@ -96,6 +99,29 @@ class Pods(Protocol):
 
     async def reopen_log(self, container_id: str) -> None:
         """Go over to a new log file; on return it exists and the old one gets no more bytes."""
+        ...
+
+    async def update_container(self, container_id: str, change: LinuxResources) -> None:
+        """Change limits, all or nothing; what `change` does not set stays."""
+        ...
+
+    async def update_sandbox(
+        self, sandbox_id: str, overhead: LinuxResources | None, resources: LinuxResources | None
+    ) -> None:
+        """Take a pod's new sums; `ExhaustedError` when its VM is too small for them."""
+        ...
+
+    async def figures(self, sandbox_ids: Iterable[str]) -> Mapping[str, Figures]:
+        """Return what sandboxes use, at most a second old, or the last that was heard of one whose VM is gone."""
+        ...
+
+    @property
+    def writable_layers(self) -> Path:
+        """The directory on the host whose file system holds the containers' writable layers."""
+        ...
+
+    def events(self) -> AsyncIterator[Event]:
+        """Yield what happens to sandboxes and containers from now on."""
         ...
 
     async def status(self) -> RuntimeStatus:

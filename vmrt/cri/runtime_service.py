@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import vmrt
 from vmrt.cri import fields, filters, specs, statuses
 from vmrt.cri.interceptor import unimplemented
 from vmrt.cri.ports import Pods
+from vmrt.cri.stats_service import StatsCalls
 from vmrt.errors import NotFoundError
 from vmrt.proto.runtime.v1 import api_pb2 as cri
 from vmrt.proto.runtime.v1 import api_pb2_grpc as cri_grpc
@@ -41,7 +43,7 @@ def fit_output(stdout: bytes, stderr: bytes, limit: int = _OUTPUT_LIMIT_BYTES) -
     return stdout, stderr[: limit - len(stdout)]
 
 
-class RuntimeService(cri_grpc.RuntimeServiceServicer):
+class RuntimeService(StatsCalls, cri_grpc.RuntimeServiceServicer):
     """`handlers` are the names of the configured RuntimeClass handlers."""
 
     def __init__(self, pods: Pods, handlers: Sequence[str]) -> None:
@@ -104,7 +106,14 @@ class RuntimeService(cri_grpc.RuntimeServiceServicer):
         """From memory, but for verbose details."""
         record = self._pods.sandbox(_id(request.pod_sandbox_id, "pod_sandbox_id"))
         info = await self._pods.sandbox_info(record.id) if request.verbose else None
-        return cri.PodSandboxStatusResponse(status=statuses.sandbox_status(record), info=info)
+        # One picture: records do not change between here and the answer.
+        record = self._pods.sandbox(record.id)
+        return cri.PodSandboxStatusResponse(
+            status=statuses.sandbox_status(record),
+            info=info,
+            containers_statuses=[statuses.container_status(c) for c in self._containers_of(record.id)],
+            timestamp=time.time_ns(),
+        )
 
     async def ListPodSandbox(self, request: cri.ListPodSandboxRequest, context: Any) -> cri.ListPodSandboxResponse:
         """From memory."""
@@ -170,24 +179,10 @@ class RuntimeService(cri_grpc.RuntimeServiceServicer):
 
     # --- to come; clients know to fall back, or to say so, on UNIMPLEMENTED ---
 
-    StreamPodSandboxes = unimplemented("StreamPodSandboxes")
-    StreamContainers = unimplemented("StreamContainers")
-    UpdateContainerResources = unimplemented("UpdateContainerResources")
     Exec = unimplemented("Exec")
     Attach = unimplemented("Attach")
     PortForward = unimplemented("PortForward")
-    ContainerStats = unimplemented("ContainerStats")
-    ListContainerStats = unimplemented("ListContainerStats")
-    StreamContainerStats = unimplemented("StreamContainerStats")
-    PodSandboxStats = unimplemented("PodSandboxStats")
-    ListPodSandboxStats = unimplemented("ListPodSandboxStats")
-    StreamPodSandboxStats = unimplemented("StreamPodSandboxStats")
     CheckpointContainer = unimplemented("CheckpointContainer")
-    GetContainerEvents = unimplemented("GetContainerEvents")
-    ListMetricDescriptors = unimplemented("ListMetricDescriptors")
-    ListPodSandboxMetrics = unimplemented("ListPodSandboxMetrics")
-    StreamPodSandboxMetrics = unimplemented("StreamPodSandboxMetrics")
-    UpdatePodSandboxResources = unimplemented("UpdatePodSandboxResources")
 
     def _sandbox_id(self, value: str) -> str:
         return self._pods.sandbox(_id(value, "pod_sandbox_id")).id

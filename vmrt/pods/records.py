@@ -77,6 +77,9 @@ class SandboxRecord:
     tap: str
     ips: tuple[str, ...] = ()
     guest_version: str = ""
+    # The VM's size; 0 in a record of a version that did not keep it.
+    vcpus: int = 0
+    memory_bytes: int = 0
     # Why it is not ready, for people: "stopped", "the VM's QEMU was killed (signal 9)".
     reason: str = ""
     # False until VM, network and scratch disk are known to be gone.

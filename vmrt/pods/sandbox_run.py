@@ -69,6 +69,8 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
             vm_id=vm_id,
             tap=f"vt{vm_id}",
             guest_version=guest.version,
+            vcpus=vcpus,
+            memory_bytes=memory_bytes,
         )
     )
     phases = Phases()

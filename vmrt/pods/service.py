@@ -10,16 +10,19 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vmrt import __version__
 from vmrt.errors import FailedPreconditionError, UnavailableError, VmGoneError, VmrtError
-from vmrt.model import ContainerSpec, SandboxSpec
-from vmrt.pods import container_create, container_exec, container_stop, recovery, sandbox_run, sandbox_stop
+from vmrt.model import ContainerSpec, LinuxResources, SandboxSpec
+from vmrt.pods import container_create, container_exec, container_stop, recovery, resize, sandbox_run, sandbox_stop
 from vmrt.pods.container_events import follow_vms
 from vmrt.pods.container_exec import ExecResult
+from vmrt.pods.lifecycle import Event
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
+from vmrt.pods.stats import Figures, Stats
 from vmrt.pods.table import LiveSandbox, PodTable, uncancelled
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ class PodService:
 
     def __init__(self, table: PodTable) -> None:
         self._table = table
+        self._stats = Stats(table)
         self._closing = False
         self._working = 0
         self._idle = asyncio.Event()
@@ -165,6 +169,31 @@ class PodService:
             )
         if live.pump is not None:
             live.pump.reopen()
+
+    async def update_container(self, container_id: str, change: LinuxResources) -> None:
+        """Change limits, all or nothing; what `change` does not set stays."""
+        await resize.update_container(self._table, self._table.container(container_id), change)
+
+    async def update_sandbox(
+        self, sandbox_id: str, overhead: LinuxResources | None, resources: LinuxResources | None
+    ) -> None:
+        """Take a pod's new sums; `ExhaustedError` when its VM is too small for them."""
+        await resize.update_sandbox(self._table, self._table.sandbox(sandbox_id), overhead, resources)
+
+    # --- figures and events ---
+
+    async def figures(self, sandbox_ids: Iterable[str]) -> dict[str, Figures]:
+        """Return what sandboxes use, at most a second old, or the last that was heard of one whose VM is gone."""
+        return await self._stats.of(sandbox_ids)
+
+    @property
+    def writable_layers(self) -> Path:
+        """The directory on the host whose file system holds the containers' writable layers."""
+        return self._table.config.root
+
+    def events(self) -> AsyncIterator[Event]:
+        """Yield what happens to sandboxes and containers from now on."""
+        return self._table.lifecycle.subscribe()
 
     # --- the runtime itself ---
 

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from vmrt.agent_client import AgentClient
 from vmrt.config import Config, HandlerConfig
 from vmrt.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, VmGoneError
 from vmrt.model import GuestImage
+from vmrt.pods import lifecycle
 from vmrt.pods.drivers import Hypervisor, ImageStore, Network
 from vmrt.pods.log_pump import LogPump
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
@@ -103,6 +104,7 @@ class PodTable:
         self.instance = instance_tag(config.root)
         self.sandboxes: dict[str, LiveSandbox] = {}
         self.containers: dict[str, LiveContainer] = {}
+        self.lifecycle = lifecycle.Lifecycle()
         self._sandbox_names: dict[str, str] = {}
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -192,7 +194,9 @@ class PodTable:
     def save_sandbox(self, live: LiveSandbox, record: SandboxRecord) -> None:
         """Write a sandbox's new record, then show it."""
         self.store.put("sandbox", record.id, record)
+        changes = lifecycle.sandbox_changes(live.record.state, record.state)
         live.record = record
+        self._tell(live.id, changes, live.id)
 
     def forget_sandbox(self, live: LiveSandbox) -> None:
         """Drop a sandbox whose resources are gone."""
@@ -200,6 +204,8 @@ class PodTable:
         self.sandboxes.pop(live.id, None)
         if self._sandbox_names.get(live.record.key) == live.id:
             del self._sandbox_names[live.record.key]
+        if live.record.state is SandboxState.REMOVING:
+            self.lifecycle.publish(live.id, (lifecycle.Change.DELETED,), lambda: (live.record, ()))
 
     def add_container(self, record: ContainerRecord, *, recorded: bool = False) -> LiveContainer:
         """Reserve the name within its sandbox and write the record; `AlreadyExistsError` when the name is taken."""
@@ -219,7 +225,9 @@ class PodTable:
     def save_container(self, live: LiveContainer, record: ContainerRecord) -> None:
         """Write a container's new record, then show it."""
         self.store.put("container", record.id, record)
+        changes = lifecycle.container_changes(live.record.state, record.state)
         live.record = record
+        self._tell(live.id, changes, record.sandbox_id)
         if record.state not in (ContainerState.CREATING, ContainerState.CREATED, ContainerState.RUNNING):
             live.exited.set()
 
@@ -227,6 +235,16 @@ class PodTable:
         """Drop a container whose resources are gone."""
         self.store.delete("container", live.id)
         self.containers.pop(live.id, None)
+        if live.record.state is ContainerState.REMOVING:
+            self._tell(live.id, (lifecycle.Change.DELETED,), live.record.sandbox_id)
+
+    def _tell(self, subject: str, changes: Sequence[lifecycle.Change], sandbox_id: str) -> None:
+        def picture() -> tuple[SandboxRecord | None, list[ContainerRecord]]:
+            sandbox = self.sandboxes.get(sandbox_id)
+            containers = [c.record for c in self.containers_of(sandbox_id) if self._listed(c)]
+            return (None if sandbox is None else sandbox.record), containers
+
+        self.lifecycle.publish(subject, changes, picture)
 
     # --- background work ---
 

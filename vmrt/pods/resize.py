@@ -1,0 +1,181 @@
+"""UpdateContainerResources and UpdatePodSandboxResources: all of a change or nothing of it.
+
+What a request does not set stays. A VM keeps the size that it was booted with: what fits succeeds, what needs more is
+refused by name before anything has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from typing import Any
+
+from vmrt.errors import ExhaustedError, FailedPreconditionError, InvalidArgumentError, VmGoneError, VmrtError
+from vmrt.model import LinuxResources
+from vmrt.pods import oci, sizing
+from vmrt.pods.records import ContainerState, SandboxRecord, SandboxState
+from vmrt.pods.table import LiveContainer, LiveSandbox, PodTable, uncancelled
+
+log = logging.getLogger(__name__)
+
+_MIB = 1024**2
+_HINT = "this version does not plug CPUs or memory into a running VM; the pod has to be made anew"
+
+
+def merged(old: LinuxResources, change: LinuxResources) -> LinuxResources:
+    """Return the limits after a change. oom_score_adj stays: it is a property of processes that run already.
+
+    Where swap was limited to nothing (limit and memory limit equal) it stays so under a new memory limit.
+    """
+    swap = change.memory_swap_limit_bytes or old.memory_swap_limit_bytes
+    no_swap = old.memory_swap_limit_bytes > 0 and old.memory_swap_limit_bytes == old.memory_limit_bytes
+    if change.memory_limit_bytes and not change.memory_swap_limit_bytes and no_swap:
+        swap = change.memory_limit_bytes
+    return LinuxResources(
+        cpu_period_us=change.cpu_period_us or old.cpu_period_us,
+        cpu_quota_us=change.cpu_quota_us or old.cpu_quota_us,
+        cpu_shares=change.cpu_shares or old.cpu_shares,
+        memory_limit_bytes=change.memory_limit_bytes or old.memory_limit_bytes,
+        oom_score_adj=old.oom_score_adj,
+        cpuset_cpus=change.cpuset_cpus or old.cpuset_cpus,
+        cpuset_mems=change.cpuset_mems or old.cpuset_mems,
+        hugepage_limits=change.hugepage_limits or old.hugepage_limits,
+        unified=old.unified | change.unified,
+        memory_swap_limit_bytes=swap,
+    )
+
+
+def restoring(old: LinuxResources, tried: LinuxResources) -> dict[str, Any]:
+    """Return the OCI resources that bring `old` back: what was not limited then is said to be unlimited."""
+    result = oci.resources(old)
+    unlimited: dict[str, str] = {}
+    if tried.memory_limit_bytes and not old.memory_limit_bytes:
+        unlimited["memory.max"] = "max"
+    if tried.memory_swap_limit_bytes and not old.memory_swap_limit_bytes:
+        unlimited["memory.swap.max"] = "max"
+    if tried.cpu_quota_us and not old.cpu_quota_us:
+        unlimited["cpu.max"] = "max"
+    if tried.cpu_shares and not old.cpu_shares:
+        unlimited["cpu.weight"] = "100"  # the kernel's default
+    if unlimited:
+        result["unified"] = unlimited | result.get("unified", {})
+    return result
+
+
+def check(wanted: LinuxResources, old: LinuxResources, vcpus: int, memory_bytes: int) -> None:
+    """Refuse container limits that cannot be: more than the VM has, or swap below memory. Lower ones always fit."""
+    memory = wanted.memory_limit_bytes
+    if memory > max(old.memory_limit_bytes, memory_bytes):
+        raise ExhaustedError(
+            f"linux.memory_limit_in_bytes is {_mib(memory)}, the pod's VM has {_mib(memory_bytes)}", hint=_HINT
+        )
+    if 0 < wanted.memory_swap_limit_bytes < memory:
+        raise InvalidArgumentError(
+            f"linux.memory_swap_limit_in_bytes is {wanted.memory_swap_limit_bytes}, below memory {memory}:"
+            " it limits both together"
+        )
+    if wanted.cpu_quota_us > max(vcpus * (wanted.cpu_period_us or 100_000), old.cpu_quota_us):
+        cpus = wanted.cpu_quota_us / (wanted.cpu_period_us or 100_000)
+        raise ExhaustedError(f"linux.cpu_quota is worth {cpus:g} CPUs, the pod's VM has {vcpus}", hint=_HINT)
+
+
+async def update_container(table: PodTable, live: LiveContainer, change: LinuxResources) -> None:
+    """Change a created or running container's limits; on any failure the old ones are in force."""
+    async with live.lock:
+        record = live.record
+        if record.state not in (ContainerState.CREATED, ContainerState.RUNNING):
+            raise FailedPreconditionError(
+                f"the container is {record.state.value}; limits are those of a created or running one",
+                phase="update",
+                resource=f"container {live.id}",
+            )
+        sandbox = table.sandboxes[record.sandbox_id]
+        old = record.spec.resources
+        wanted = merged(old, change)
+        try:
+            check(wanted, old, *vm_size(table, sandbox.record))
+            if wanted != old:
+                await _check_usage(sandbox, live, wanted, old)
+                await _apply(sandbox, live, wanted, old)
+        except VmrtError as e:
+            e.phase, e.resource = e.phase or "update", e.resource or f"container {live.id}"
+            raise
+        # The container may have ended meanwhile: its state is not ours to write.
+        table.save_container(live, replace(live.record, spec=replace(record.spec, resources=wanted)))
+
+
+async def _check_usage(sandbox: LiveSandbox, live: LiveContainer, wanted: LinuxResources, old: LinuxResources) -> None:
+    limit = wanted.memory_limit_bytes
+    if not limit or 0 < old.memory_limit_bytes <= limit:
+        return
+    said = await sandbox.need_agent().container_stats([live.id])
+    used = next((stat.memory_working_set_bytes for stat in said.stats if stat.container_id == live.id), 0)
+    if used > limit:
+        raise FailedPreconditionError(
+            f"linux.memory_limit_in_bytes is {_mib(limit)}, the container uses {_mib(used)}: it would be killed"
+        )
+
+
+async def _apply(sandbox: LiveSandbox, live: LiveContainer, wanted: LinuxResources, old: LinuxResources) -> None:
+    agent = sandbox.need_agent()
+
+    async def restore() -> None:
+        try:
+            await agent.update_container(live.id, json.dumps(restoring(old, wanted)).encode())
+        except VmGoneError:
+            pass  # and its limits with it
+        except VmrtError as e:
+            log.error("container %s: could not restore its limits after a failed update: %s", live.id[:13], e)
+
+    try:
+        await agent.update_container(live.id, json.dumps(oci.resources(wanted)).encode())
+    except BaseException:
+        await uncancelled(restore())
+        raise
+
+
+async def update_sandbox(
+    table: PodTable, live: LiveSandbox, overhead: LinuxResources | None, resources: LinuxResources | None
+) -> None:
+    """Record a pod's new sums when its VM is large enough for them, else change nothing."""
+    async with live.lock:
+        record = live.record
+        if record.state is not SandboxState.READY:
+            raise FailedPreconditionError(
+                f"the sandbox is {record.state.value}, only a ready one can be resized",
+                phase="resize",
+                resource=f"sandbox {live.id}",
+                hint=record.reason,
+            )
+        spec = replace(
+            record.spec, overhead=overhead or record.spec.overhead, resources=resources or record.spec.resources
+        )
+        vcpus, memory_bytes = vm_size(table, record)
+        _, handler = table.handler(record.spec.runtime_handler)
+        wanted_vcpus, wanted_memory = sizing.size(spec, table.config.hypervisor, handler)
+        for name, wanted, has in (
+            ("resources.memory_limit_in_bytes", wanted_memory, memory_bytes),
+            ("resources.cpu_quota", wanted_vcpus, vcpus),
+        ):
+            if wanted > has:
+                needs = f"{_mib(wanted)}, has {_mib(has)}" if has > 4096 else f"{wanted} CPUs, has {has}"
+                raise ExhaustedError(
+                    f"{name}: the pod's VM would need {needs}",
+                    phase="resize",
+                    resource=f"sandbox {live.id}",
+                    hint=_HINT,
+                )
+        table.save_sandbox(live, replace(record, spec=spec, vcpus=vcpus, memory_bytes=memory_bytes))
+
+
+def vm_size(table: PodTable, record: SandboxRecord) -> tuple[int, int]:
+    """Return (vcpus, octets of memory) that the sandbox's VM was booted with."""
+    if record.vcpus and record.memory_bytes:
+        return record.vcpus, record.memory_bytes
+    _, handler = table.handler(record.spec.runtime_handler)
+    return sizing.size(record.spec, table.config.hypervisor, handler)
+
+
+def _mib(octets: int) -> str:
+    return f"{octets / _MIB:.0f} MiB"
