@@ -19,7 +19,7 @@ from vmrt import spawn
 from vmrt.agent.layout import PROTOCOL_VERSION
 from vmrt.config import HypervisorConfig
 from vmrt.errors import AlreadyExistsError, VmError, VmGoneError, VmrtError
-from vmrt.hypervisor import domain, emulator, vhost_vsock, virtiofsd
+from vmrt.hypervisor import domain, emulator, priority, vhost_vsock, virtiofsd
 from vmrt.hypervisor.accel import Accelerator, KvmProbe
 from vmrt.hypervisor.access import ROOT_USER, QemuUser, require_passable, require_readable, require_short
 from vmrt.hypervisor.console import Console, ConsoleRing
@@ -143,6 +143,8 @@ class LibvirtHypervisor:
                     hint=e.hint,
                     console=vm.console.tail(_CONSOLE_IN_ERRORS_BYTES),
                 ) from e
+            if spec.background and vm.record.qemu is not None:
+                await asyncio.to_thread(priority.set_nice, vm.record.qemu, priority.NORMAL)
             vm.note(ready=True)
             vm.move(VmState.RUNNING)
             undo.pop_all()
@@ -178,6 +180,8 @@ class LibvirtHypervisor:
         live = await self._host.create(domain.domain_xml(spec, wiring), resource=f"vm {vm.vm_id}")
         vm.disks = domain.units_of(spec)
         self._take_qemu(vm)
+        if spec.background and vm.record.qemu is not None:
+            await asyncio.to_thread(priority.set_nice, vm.record.qemu, priority.BACKGROUND)
         vm.vsock.started(domain.cid_in(live))
         vm.watch(self._on_end)
 

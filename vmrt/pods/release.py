@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from vmrt.errors import VmrtError
-from vmrt.pods import scratch
+from vmrt.pods import pod_vm
 from vmrt.pods.records import ContainerRecord, SandboxRecord
 from vmrt.pods.table import PodTable
 
@@ -32,16 +31,11 @@ def position_file(table: PodTable, record: ContainerRecord) -> Path:
 
 async def release(table: PodTable, record: SandboxRecord) -> None:
     """Remove the VM, the network and the scratch disk of a sandbox; raise the first error after all were tried."""
-
-    async def vm_then_tap() -> None:
-        await table.hypervisor.destroy(record.vm_id)
-        # Only now: QEMU holds the scratch file, and the tap unless it has moved into the netns.
-        await asyncio.to_thread(scratch.remove, table.config.root, record.vm_id)
-        if record.tap:
-            await table.network.delete_tap(record.tap)
-
-    steps: list[Callable[[], Awaitable[None]]] = [vm_then_tap, lambda: table.network.teardown(record.id)]
-    results = await asyncio.gather(*(step() for step in steps), return_exceptions=True)
+    results = await asyncio.gather(
+        pod_vm.unmake(table.config.root, table.hypervisor, table.network, record.vm_id, record.tap),
+        table.network.teardown(record.id),
+        return_exceptions=True,
+    )
     errors = [r for r in results if isinstance(r, BaseException)]
     for error in errors:
         log.error("sandbox %s: release: %s", record.id[:13], error)

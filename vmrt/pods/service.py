@@ -57,15 +57,17 @@ class PodService:
         table.background(follow_vms(table), "VM events")
         await recovery.recover(table)
         table.background(recovery.sweep_forever(table), "sweep")
+        table.pool.start()
 
     async def close(self) -> None:
-        """Refuse new pods and let go of the running ones; they go on without us."""
+        """Refuse new pods and let go of the running ones; they go on without us, the warm pool does not."""
         self._closing = True
         try:
             async with asyncio.timeout(_CLOSE_S):
                 await self._idle.wait()
         except TimeoutError:
             log.warning("%d calls have not ended; the next start settles what they leave", self._working)
+        await self._table.pool.close()
         await self._table.close()
 
     @contextlib.contextmanager

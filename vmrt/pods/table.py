@@ -21,6 +21,7 @@ from vmrt.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError,
 from vmrt.model import GuestImage
 from vmrt.pods.drivers import Hypervisor, ImageStore, Network
 from vmrt.pods.log_pump import LogPump
+from vmrt.pods.pool import Pool
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
 from vmrt.store import Store
 
@@ -104,6 +105,7 @@ class PodTable:
         self.sandboxes: dict[str, LiveSandbox] = {}
         self.containers: dict[str, LiveContainer] = {}
         self._sandbox_names: dict[str, str] = {}
+        self.pool = Pool(self)
         self._background: set[asyncio.Task[Any]] = set()
 
     # --- names and ids ---
