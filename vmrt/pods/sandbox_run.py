@@ -16,10 +16,11 @@ from vmrt.agent_client import AgentClient
 from vmrt.errors import DeadlineError, UnavailableError, VmError, VmGoneError, VmrtError
 from vmrt.model import DnsConfig, PodNetwork, SandboxSpec, VmSpec
 from vmrt.pods import pod_vm, resolv, scratch, sizing
+from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import watch
 from vmrt.pods.records import SandboxRecord, SandboxState
 from vmrt.pods.release import release, remove_state, state_dir
-from vmrt.pods.table import LiveSandbox, PodTable, uncancelled
+from vmrt.pods.table import LiveSandbox, PodTable
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,11 @@ from vmrt import __version__
 from vmrt.errors import FailedPreconditionError, UnavailableError, VmGoneError, VmrtError
 from vmrt.model import ContainerSpec, SandboxSpec
 from vmrt.pods import container_create, container_exec, container_stop, recovery, sandbox_run, sandbox_stop
+from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import follow_vms
 from vmrt.pods.container_exec import ExecResult
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
-from vmrt.pods.table import LiveSandbox, PodTable, uncancelled
+from vmrt.pods.table import LiveSandbox, PodTable
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -262,23 +262,3 @@ class PodTable:
 def instance_tag(root: Path) -> str:
     """Return 8 hex digits that tell the daemons of one machine apart: a hash of the root's real path."""
     return hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
-
-
-async def uncancelled(work: Awaitable[T]) -> T:
-    """Finish `work` even when the caller is cancelled meanwhile; then let the cancellation go on."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as e:
-            if task.cancelled():
-                raise
-            cancelled = e
-        except Exception:
-            break
-    if cancelled is not None:
-        if task.exception() is not None:
-            log.error("undo failed: %s", task.exception(), exc_info=task.exception())
-        raise cancelled
-    return task.result()
