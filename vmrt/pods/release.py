@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from vmrt.errors import VmrtError
@@ -29,10 +30,23 @@ def position_file(table: PodTable, record: ContainerRecord) -> Path:
     return state_dir(table, record.sandbox_id) / f"{record.id}.position"
 
 
-async def release(table: PodTable, record: SandboxRecord) -> None:
-    """Remove the VM, the network and the scratch disk of a sandbox; raise the first error after all were tried."""
+async def release(
+    table: PodTable, record: SandboxRecord, *, before_vm: Callable[[], Awaitable[None]] | None = None
+) -> None:
+    """Remove the VM, the network and the scratch disk of a sandbox; raise the first error after all were tried.
+
+    VM and network go side by side; `before_vm` is awaited before the VM goes, and the VM goes even if it fails.
+    """
+
+    async def vm() -> None:
+        try:
+            if before_vm is not None:
+                await before_vm()
+        finally:
+            await pod_vm.unmake(table.config.root, table.hypervisor, table.network, record.vm_id, record.tap)
+
     results = await asyncio.gather(
-        pod_vm.unmake(table.config.root, table.hypervisor, table.network, record.vm_id, record.tap),
+        vm(),
         table.network.teardown(record.id),
         return_exceptions=True,
     )
