@@ -188,6 +188,7 @@ class PodService:
             "accelerator": table.hypervisor.accelerator,
             "guest": guest_info,
             "handlers": list(table.config.handlers),
+            "pool": {"size": table.config.pool.size, "waiting": table.pool.waiting()},
         }
         return RuntimeStatus(ready, reason, message, *network, info={"config": json.dumps(config)})
 
