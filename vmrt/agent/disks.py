@@ -58,13 +58,23 @@ def find(serial: str, sys_block: str = "/sys/block") -> str:
     return ""
 
 
+def _device(serial: str) -> str:
+    """Return the path of the disk's node, "" until it is there: sysfs shows a disk before devtmpfs has its node.
+
+    The uevent comes after both (device_add in the kernel's drivers/base/core.c).
+    """
+    name = find(serial)
+    path = f"/dev/{name}"
+    return path if name and os.access(path, os.F_OK) else ""
+
+
 def wait_for(serial: str, deadline: float) -> str:
     """Return the device path ("/dev/sda") of the disk with this serial, waiting until `deadline` (monotonic seconds).
 
     Raises `AgentError` (NOT_FOUND) when it does not appear.
     """
-    if name := find(serial):
-        return f"/dev/{name}"
+    if device := _device(serial):
+        return device
     events = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_DGRAM | _socket.SOCK_NONBLOCK, _NETLINK_KOBJECT_UEVENT)
     try:
         events.bind((0, _UEVENT_GROUP))
@@ -72,8 +82,8 @@ def wait_for(serial: str, deadline: float) -> str:
         poll.register(events.fileno(), select.POLLIN)
         while True:
             # Scanned after the socket is bound: a disk that came in between is not missed.
-            if name := find(serial):
-                return f"/dev/{name}"
+            if device := _device(serial):
+                return device
             left = deadline - time.monotonic()
             if left <= 0:
                 raise status.AgentError(
