@@ -43,7 +43,7 @@ _LONGEST_PAUSE_S = 60.0
 _LOOK_AGAIN_S = 60.0
 # An unbroken stream of starts must not keep the pool empty for ever.
 _QUIET_LIMIT_S = 30.0
-_ADOPT_TIMEOUT_S = 10.0
+_ADOPT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
