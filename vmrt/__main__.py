@@ -48,8 +48,10 @@ async def serve(config: Config) -> None:
     # Imported here so that the command line's other commands start without libvirt, pyroute2 and grpc.
     from vmrt import guest_image
     from vmrt.cri.server import CriServer
+    from vmrt.errors import VmrtError
     from vmrt.hypervisor.libvirt_driver import LibvirtHypervisor
     from vmrt.images.store import ImageStore
+    from vmrt.loop_monitor import LoopMonitor
     from vmrt.model import GuestImage
     from vmrt.netbridge import NetBridge
     from vmrt.pods.service import PodService
@@ -76,6 +78,15 @@ async def serve(config: Config) -> None:
                 verified.add(image.version)
             return image
 
+        for name in config.handlers:
+            # Hashed now, while nobody waits. An image that is missing is told by Status and by every start.
+            with contextlib.suppress(VmrtError):
+                guest(name)
+
+        if config.log.level == "debug":
+            monitor = LoopMonitor()
+            monitor.start()
+            stack.callback(monitor.stop)
         hypervisor = LibvirtHypervisor(config.hypervisor, config.root, instance)
         network = NetBridge(config.network, config.root, instance)
         images = ImageStore(config.root / "images", config.images)

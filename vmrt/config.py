@@ -78,6 +78,16 @@ class ImageConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """VMs booted ahead."""
+
+    # How many wait for each handler; 0 turns the pool off.
+    size: int = 1
+    # Memory that the host must have left after a VM has been booted ahead.
+    reserve_bytes: int = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
 class HandlerConfig:
     """One RuntimeClass handler; `guest` names a guest image directory, "" the default one."""
 
@@ -105,6 +115,7 @@ class Config:
     hypervisor: HypervisorConfig = field(default_factory=HypervisorConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     images: ImageConfig = field(default_factory=ImageConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
     log: LogConfig = field(default_factory=LogConfig)
     handlers: dict[str, HandlerConfig] = field(default_factory=lambda: {"vm": HandlerConfig()})
 
@@ -162,6 +173,8 @@ def check(config: Config) -> Config:
         ("hypervisor.default_memory_bytes", h.default_memory_bytes, 128 * 1024**2),
         ("hypervisor.scratch_bytes", h.scratch_bytes, 64 * 1024**2),
         ("hypervisor.boot_timeout_s", h.boot_timeout_s, 1),
+        ("pool.size", config.pool.size, 0),
+        ("pool.reserve_bytes", config.pool.reserve_bytes, 0),
         ("max_container_log_line_bytes", config.max_container_log_line_bytes, 64),
     ):
         if value < least:
@@ -231,4 +244,14 @@ def _decode(kind: type, value: object) -> object:
     raise NotImplementedError(f"{kind} from {type(value)}")
 
 
-__all__ = ["Config", "HandlerConfig", "HypervisorConfig", "ImageConfig", "LogConfig", "NetworkConfig", "check", "load"]
+__all__ = [
+    "Config",
+    "HandlerConfig",
+    "HypervisorConfig",
+    "ImageConfig",
+    "LogConfig",
+    "NetworkConfig",
+    "PoolConfig",
+    "check",
+    "load",
+]

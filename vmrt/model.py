@@ -313,7 +313,8 @@ class VmSpec:
     """What one VM is made of.
 
     `tap` names an existing host tap device that QEMU opens, `mac` its guest-side address ("" for no NIC).
-    `share_dir` is served to the guest as virtiofs tag "share" when given.
+    `share_dir` is served to the guest as virtiofs tag "share" when given. With `background` it boots at a low priority,
+    which ends when it is ready.
     """
 
     vm_id: str
@@ -325,6 +326,7 @@ class VmSpec:
     mac: str = ""
     mtu: int = 1500
     share_dir: Path | None = None
+    background: bool = False
 
 
 class VmEventKind(enum.Enum):

@@ -124,11 +124,16 @@ class FakeHypervisor:
         if port not in self.host.ports:
             raise VmError(f"nobody listens on vsock port {port}", phase="dial", resource=f"vm {vm_id}")
         ours, theirs = socket.socketpair()
-        connection = await asyncio.open_connection(sock=ours)
         task = asyncio.create_task(self._serve(vm_id, port, theirs))
         self._served.add(task)
         task.add_done_callback(self._served.discard)
-        return connection
+        # Also of a task that is cancelled before it has begun.
+        task.add_done_callback(lambda _: theirs.close())
+        try:
+            return await asyncio.open_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            raise
 
     async def _serve(self, vm_id: str, port: int, theirs: socket.socket) -> None:
         reader, writer = await asyncio.open_connection(sock=theirs)

@@ -19,10 +19,10 @@ from tests.contract.fake_hypervisor import FakeHypervisor, FakeVmHost
 from tests.contract.fake_network import FakeHost, FakeNetwork
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent_client import AgentClient
-from vmrt.config import Config
+from vmrt.config import Config, PoolConfig
 from vmrt.errors import FailedPreconditionError, NotFoundError, UnavailableError, VmGoneError, VmrtError
 from vmrt.model import ContainerSpec, Disk, GuestImage, Image, ImageConfig, LayerImage, PodNetwork, SandboxSpec, VmSpec
-from vmrt.pods import recovery, sandbox_run, scratch
+from vmrt.pods import pod_vm, recovery, scratch
 from vmrt.pods.drivers import Connection, ImageStore
 from vmrt.pods.service import PodService
 from vmrt.pods.table import PodTable
@@ -95,7 +95,8 @@ class World:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
         await asyncio.sleep(0)
-        self.config = Config(root=self.root)
+        # Every step is counted here: nothing may happen in the background.
+        self.config = Config(root=self.root, pool=PoolConfig(size=0))
         self.store = FaultyStore(self)
         self.hypervisor = Hypervisor(self)
         self.network = Network(self)
@@ -375,7 +376,7 @@ def use(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         return cast("AgentClient", Agent(world, vm_id))
 
     monkeypatch.setattr(scratch, "make", make)
-    monkeypatch.setattr(sandbox_run, "AgentClient", agent)
+    monkeypatch.setattr(pod_vm, "AgentClient", agent)
     monkeypatch.setattr(recovery, "_ADOPT_PAUSE_S", 0.0)
 
 

@@ -44,6 +44,7 @@ RULES = {
     "vmrt.config": rule("vmrt.errors", "vmrt.model", outside=("msgspec",)),
     "vmrt.spawn": rule("vmrt.errors"),
     "vmrt.store": rule("vmrt.errors", "vmrt.model", outside=("msgspec",)),
+    "vmrt.loop_monitor": rule(),
     "vmrt.agent": rule(outside=("google.protobuf",)),
     "vmrt.agent_client": rule(
         # The wire formats, shared by both ends.

@@ -19,7 +19,7 @@ from vmrt.pods.records import ContainerState, SandboxState
 
 T = TypeVar("T")
 
-RUN_STEPS = ("scratch", "tap", "boot", "setup", "join", "check", "configure")
+RUN_STEPS = ("scratch", "tap", "boot", "setup", "join", "configure")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from vmrt.model import VmEventKind
 from vmrt.pods import recovery
 from vmrt.pods.records import ContainerState, SandboxState
 
-RUN_STEPS = ("scratch", "tap", "boot", "setup", "join", "check", "configure")
+RUN_STEPS = ("scratch", "tap", "boot", "setup", "join", "configure")
 CREATE_STEPS = ("attach", "agent create")
 STOP_STEPS = ("destroy", "delete tap", "teardown", "save sandbox not-ready")
 
@@ -116,7 +116,7 @@ def test_one_of_two_starts_with_a_name_is_refused(tmp_path: Path, monkeypatch: p
     run(tmp_path, monkeypatch, test)
 
 
-@pytest.mark.parametrize("step", ["join", "check", "configure"])
+@pytest.mark.parametrize("step", ["join", "configure"])
 def test_a_vm_that_dies_during_the_start_is_no_ready_sandbox(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

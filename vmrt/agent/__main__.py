@@ -70,13 +70,6 @@ def _send_ready() -> None:
     console.log("nobody took the ready notice")
 
 
-def _warm_up() -> None:
-    """Import what the first container needs while nobody waits."""
-    import fcntl  # noqa: F401
-    import json  # noqa: F401
-    import termios  # noqa: F401
-
-
 def run(
     calls: _socket.socket,
     stream_listener: _socket.socket,
@@ -102,7 +95,7 @@ def run(
         agent.booted.set()
         console.log(f"ready {time.clock_gettime(time.CLOCK_BOOTTIME):.2f} s after the kernel's start")
         _send_ready()
-        _warm_up()
+        agent.warm_up()
 
     _critical("boot", bring_up)
     _critical("calls", lambda: call_acceptor.run(call_server.serve))

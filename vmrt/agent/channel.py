@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import select
 import time
@@ -9,14 +10,11 @@ import time
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent import frames, status
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    import _socket
-
 _READ = 65536
 # Sources are not read while more than this waits for the socket: the kernel's flow control is the back-pressure.
 _HIGH_WATER = 128 * 1024
 HELLO_TIMEOUT_S = 10.0
+LINGER_S = 5.0
 HANGUP = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
@@ -25,7 +23,7 @@ class Closed(Exception):
 
 
 class Channel:
-    """Framed connection. Every method but `flush` is non-blocking."""
+    """Framed connection. Every method but `flush` and `close` is non-blocking."""
 
     def __init__(self, connection: _socket.socket) -> None:
         self._connection = connection
@@ -127,9 +125,26 @@ class Channel:
             raise Closed(str(e)) from e
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection after the host: what is in flight is lost when a transport sees our close first."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(_socket.SHUT_WR)
+            self._linger()
         with contextlib.suppress(OSError):
             self._connection.close()
+
+    def _linger(self) -> None:
+        deadline = time.monotonic() + LINGER_S
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN | select.POLLRDHUP)
+        while (left := deadline - time.monotonic()) > 0:
+            ready = poll.poll(left * 1000)
+            if not ready or ready[0][1] & ~select.POLLIN:
+                return
+            try:
+                if not self._connection.recv(_READ):
+                    return
+            except BlockingIOError:
+                continue
 
 
 class Pollset:

@@ -67,8 +67,13 @@ class Crun:
         self._numbers = 0
         self._version = ""
 
+    @property
     def version(self) -> str:
-        """Return the first line of `crun --version`, asked once; "" when crun cannot be run."""
+        """The first line of `crun --version`; "" when it has not been asked yet or cannot be run."""
+        return self._version
+
+    def ask_version(self) -> None:
+        """Run `crun --version`, once. The first run also reads crun into memory, which the first container needs."""
         if not self._version:
             reader, writer = os.pipe()
             try:
@@ -80,7 +85,6 @@ class Crun:
             finally:
                 os.close(reader)
                 os.close(writer)
-        return self._version
 
     def run(
         self,

@@ -58,16 +58,19 @@ def find(serial: str, sys_block: str = "/sys/block") -> str:
     return ""
 
 
-def opens(device: str) -> bool:
-    """Whether a disk can be opened by now.
+def _device(serial: str) -> str:
+    """Return the path of a disk that can be opened; "" until then.
 
     The kernel (6.1, device_add_disk) shows a disk in sysfs and devtmpfs before it can be opened: ENXIO till then.
     """
+    name = find(serial)
+    if not name:
+        return ""
     try:
-        os.close(os.open(device, os.O_RDONLY | os.O_CLOEXEC))
+        os.close(os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC))
     except OSError:
-        return False
-    return True
+        return ""
+    return f"/dev/{name}"
 
 
 def wait_for(serial: str, deadline: float) -> str:
@@ -75,8 +78,8 @@ def wait_for(serial: str, deadline: float) -> str:
 
     Raises `AgentError` (NOT_FOUND) when it does not appear.
     """
-    if (name := find(serial)) and opens(f"/dev/{name}"):
-        return f"/dev/{name}"
+    if device := _device(serial):
+        return device
     events = _socket.socket(_socket.AF_NETLINK, _socket.SOCK_DGRAM | _socket.SOCK_NONBLOCK, _NETLINK_KOBJECT_UEVENT)
     try:
         events.bind((0, _UEVENT_GROUP))
@@ -84,8 +87,8 @@ def wait_for(serial: str, deadline: float) -> str:
         poll.register(events.fileno(), select.POLLIN)
         while True:
             # Scanned after the socket is bound: a disk that came in between is not missed.
-            if (name := find(serial)) and opens(f"/dev/{name}"):
-                return f"/dev/{name}"
+            if device := _device(serial):
+                return device
             left = deadline - time.monotonic()
             if left <= 0:
                 raise status.AgentError(

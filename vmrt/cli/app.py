@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "exec": ("vmrt.cli.containers", "exec_", "Run a command in a running container."),
     "logs": ("vmrt.cli.containers", "logs", "Show a container's output."),
     "inspect": ("vmrt.cli.pods", "inspect", "Show all that is known of a pod or container, as JSON."),
+    "trace": ("vmrt.cli.trace", "trace", "Show where a pod's start went, phase by phase."),
     "stop": ("vmrt.cli.pods", "stop", "Stop pods or containers."),
     "rm": ("vmrt.cli.pods", "rm", "Remove pods or containers."),
     "images": ("vmrt.cli.images", "images", "List images."),

@@ -99,3 +99,9 @@ def _has_acl(path: Path) -> bool:
         return "system.posix_acl_access" in os.listxattr(path)
     except OSError:
         return False
+
+
+def make_directory(path: Path, mode: int) -> None:
+    """Make a directory that QEMU's user may pass through, but not list."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(path.stat().st_mode & 0o7777 | mode)

@@ -19,9 +19,16 @@ from vmrt import spawn
 from vmrt.agent.layout import PROTOCOL_VERSION
 from vmrt.config import HypervisorConfig
 from vmrt.errors import AlreadyExistsError, VmError, VmGoneError, VmrtError
-from vmrt.hypervisor import domain, emulator, vhost_vsock, virtiofsd
+from vmrt.hypervisor import domain, emulator, priority, vhost_vsock, virtiofsd
 from vmrt.hypervisor.accel import Accelerator, KvmProbe
-from vmrt.hypervisor.access import ROOT_USER, QemuUser, require_passable, require_readable, require_short
+from vmrt.hypervisor.access import (
+    ROOT_USER,
+    QemuUser,
+    make_directory,
+    require_passable,
+    require_readable,
+    require_short,
+)
 from vmrt.hypervisor.console import Console, ConsoleRing
 from vmrt.hypervisor.libvirt_host import DomainChange, LibvirtHost
 from vmrt.hypervisor.record import Helper, VmPaths, VmRecord, paths_of, read, write
@@ -67,9 +74,9 @@ class LibvirtHypervisor:
         """Connect, learn the accelerator and vsock transport, adopt the VMs that run under our root."""
         require_short(self._root, self._config)
         self._user = QemuUser.lookup(self._config.qemu_user, self._config.qemu_group)
-        _make_directory(self._root, 0o711)
+        make_directory(self._root, 0o711)
         require_passable(self._root, self._user, phase="start")
-        _make_directory(self._vms_directory, 0o711)
+        make_directory(self._vms_directory, 0o711)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self.close)
             await self._accelerator.choose()
@@ -143,6 +150,8 @@ class LibvirtHypervisor:
                     hint=e.hint,
                     console=vm.console.tail(_CONSOLE_IN_ERRORS_BYTES),
                 ) from e
+            if spec.background and vm.record.qemu is not None:
+                await asyncio.to_thread(priority.set_nice, vm.record.qemu, priority.NORMAL)
             vm.note(ready=True)
             vm.move(VmState.RUNNING)
             undo.pop_all()
@@ -178,6 +187,8 @@ class LibvirtHypervisor:
         live = await self._host.create(domain.domain_xml(spec, wiring), resource=f"vm {vm.vm_id}")
         vm.disks = domain.units_of(spec)
         self._take_qemu(vm)
+        if spec.background and vm.record.qemu is not None:
+            await asyncio.to_thread(priority.set_nice, vm.record.qemu, priority.BACKGROUND)
         vm.vsock.started(domain.cid_in(live))
         vm.watch(self._on_end)
 
@@ -492,9 +503,3 @@ class LibvirtHypervisor:
         self._teardowns.add(task)
         task.add_done_callback(self._teardowns.discard)
         return task
-
-
-def _make_directory(path: Path, mode: int) -> None:
-    """Make a directory that QEMU's user may pass through, but not list."""
-    path.mkdir(parents=True, exist_ok=True)
-    path.chmod(path.stat().st_mode & 0o7777 | mode)

@@ -32,12 +32,13 @@ from vmrt.model import (
     SupplementalGroupsPolicy,
 )
 from vmrt.pods import oci, seccomp
+from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import finish
 from vmrt.pods.log_pump import LogPump
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxState
 from vmrt.pods.release import position_file
 from vmrt.pods.sandbox_run import hostname_of
-from vmrt.pods.table import LiveContainer, LiveSandbox, PodTable, uncancelled
+from vmrt.pods.table import LiveContainer, LiveSandbox, PodTable
 
 log = logging.getLogger(__name__)
 

@@ -81,6 +81,7 @@ async def follow_vms(table: PodTable) -> None:
     async for event in table.hypervisor.events():
         live = table.sandbox_of_vm(event.vm_id)
         if live is None:
+            table.pool.vm_ended(event.vm_id)
             continue
         try:
             await vm_ended(table, live, event)

@@ -55,6 +55,7 @@ async def recover(table: PodTable) -> None:
     if settling:
         # What takes longer goes on while requests are served.
         await asyncio.wait(settling, timeout=_SETTLE_S)
+    await _try(table.pool.adopt())
     await sweep(table)
 
 
@@ -197,11 +198,11 @@ async def sweep(table: PodTable) -> None:
     has no sandbox *then* is nobody's; each is looked up only when its turn comes, as starts go on meanwhile.
     """
     for vm_id in table.hypervisor.list():
-        if table.sandbox_of_vm(vm_id) is None:
+        if table.sandbox_of_vm(vm_id) is None and vm_id not in table.pool.vm_ids():
             log.warning("removing VM %s, which belongs to no sandbox", vm_id)
             await _try(table.hypervisor.destroy(vm_id))
     for vm_id in scratch.vm_ids(table.config.root):
-        if table.sandbox_of_vm(vm_id) is None and vm_id not in table.hypervisor.list():
+        if table.sandbox_of_vm(vm_id) is None and vm_id not in {*table.pool.vm_ids(), *table.hypervisor.list()}:
             with contextlib.suppress(OSError):
                 scratch.remove(table.config.root, vm_id)
     for sandbox_id in table.network.list():

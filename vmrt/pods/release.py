@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from vmrt.errors import VmrtError
-from vmrt.pods import scratch
+from vmrt.pods import pod_vm
 from vmrt.pods.records import ContainerRecord, SandboxRecord
 from vmrt.pods.table import PodTable
 
@@ -30,18 +30,26 @@ def position_file(table: PodTable, record: ContainerRecord) -> Path:
     return state_dir(table, record.sandbox_id) / f"{record.id}.position"
 
 
-async def release(table: PodTable, record: SandboxRecord) -> None:
-    """Remove the VM, the network and the scratch disk of a sandbox; raise the first error after all were tried."""
+async def release(
+    table: PodTable, record: SandboxRecord, *, before_vm: Callable[[], Awaitable[None]] | None = None
+) -> None:
+    """Remove the VM, the network and the scratch disk of a sandbox; raise the first error after all were tried.
 
-    async def vm_then_tap() -> None:
-        await table.hypervisor.destroy(record.vm_id)
-        # Only now: QEMU holds the scratch file, and the tap unless it has moved into the netns.
-        await asyncio.to_thread(scratch.remove, table.config.root, record.vm_id)
-        if record.tap:
-            await table.network.delete_tap(record.tap)
+    VM and network go side by side; `before_vm` is awaited before the VM goes, and the VM goes even if it fails.
+    """
 
-    steps: list[Callable[[], Awaitable[None]]] = [vm_then_tap, lambda: table.network.teardown(record.id)]
-    results = await asyncio.gather(*(step() for step in steps), return_exceptions=True)
+    async def vm() -> None:
+        try:
+            if before_vm is not None:
+                await before_vm()
+        finally:
+            await pod_vm.unmake(table.config.root, table.hypervisor, table.network, record.vm_id, record.tap)
+
+    results = await asyncio.gather(
+        vm(),
+        table.network.teardown(record.id),
+        return_exceptions=True,
+    )
     errors = [r for r in results if isinstance(r, BaseException)]
     for error in errors:
         log.error("sandbox %s: release: %s", record.id[:13], error)

@@ -14,8 +14,9 @@ from typing import Any
 from vmrt.errors import ExhaustedError, FailedPreconditionError, InvalidArgumentError, VmGoneError, VmrtError
 from vmrt.model import LinuxResources
 from vmrt.pods import oci, sizing
+from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.records import ContainerState, SandboxRecord, SandboxState
-from vmrt.pods.table import LiveContainer, LiveSandbox, PodTable, uncancelled
+from vmrt.pods.table import LiveContainer, LiveSandbox, PodTable
 
 log = logging.getLogger(__name__)
 

@@ -8,18 +8,19 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent_client import AgentClient
 from vmrt.errors import DeadlineError, UnavailableError, VmError, VmGoneError, VmrtError
-from vmrt.model import Disk, DnsConfig, PodNetwork, SandboxSpec, VmSpec
-from vmrt.pods import resolv, scratch, sizing
+from vmrt.model import DnsConfig, PodNetwork, SandboxSpec, VmSpec
+from vmrt.pods import pod_vm, resolv, scratch, sizing
+from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import watch
 from vmrt.pods.records import SandboxRecord, SandboxState
 from vmrt.pods.release import release, remove_state, state_dir
-from vmrt.pods.table import LiveSandbox, PodTable, uncancelled
+from vmrt.pods.table import LiveSandbox, PodTable
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,11 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
     handler_name, handler = table.handler(spec.runtime_handler)
     guest = table.guest(handler_name)
     vcpus, memory_bytes = sizing.size(spec, table.config.hypervisor, handler)
+    phases = Phases()
     sandbox_id = secrets.token_hex(32)
-    vm_id = table.new_vm_id()
+    # Nothing is awaited from here to the claim, so the VM found is still there.
+    pooled = table.pool.find(handler_name, guest.version, vcpus, memory_bytes)
+    vm_id = table.new_vm_id() if pooled is None else pooled.record.vm_id
     live = table.add_sandbox(
         SandboxRecord(
             id=sandbox_id,
@@ -67,22 +71,30 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
             state=SandboxState.CREATING,
             created_ns=time.time_ns(),
             vm_id=vm_id,
-            tap=f"vt{vm_id}",
+            tap=pod_vm.tap_of(vm_id),
             guest_version=guest.version,
             vcpus=vcpus,
             memory_bytes=memory_bytes,
         )
     )
-    phases = Phases()
+    if pooled is not None:
+        table.pool.claim(pooled)
+        live.agent = pooled.agent
     try:
-        vm = VmSpec(
-            vm_id=vm_id, guest=guest, vcpus=vcpus, memory_bytes=memory_bytes, tap=live.record.tap, mac=_device_mac()
-        )
-        network = await _vm_and_network(table, live, vm, phases)
-        with phases.phase("join"):
-            await table.network.join(sandbox_id, vm.tap)
-        with phases.phase("configure"):
-            await _configure(table, live, network)
+        with table.pool.starting():
+            if pooled is not None:
+                network = await _network(table, live, pooled.record.mac, phases)
+            else:
+                vm = VmSpec(
+                    vm_id=vm_id,
+                    guest=guest,
+                    vcpus=vcpus,
+                    memory_bytes=memory_bytes,
+                    tap=live.record.tap,
+                    mac=pod_vm.device_mac(),
+                )
+                network = await _vm_and_network(table, live, vm, phases)
+            await both(_join(table, live, phases), _configure(table, live, network, phases))
         state_dir(table, sandbox_id).mkdir(parents=True, exist_ok=True)
         if vm_id not in table.hypervisor.list():
             # The event of its end has come while there was nothing READY that it could change.
@@ -95,28 +107,35 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
         if isinstance(e, VmrtError) and not e.resource:
             e.resource = f"sandbox {sandbox_id}"
         raise
-    log.info("sandbox %s (%s) is ready after %.0f ms", sandbox_id[:13], live.record.key, phases.ms["total"])
+    how = "cold" if pooled is None else "from the pool"
+    log.info("sandbox %s (%s) is ready after %.0f ms, %s", sandbox_id[:13], ready.key, phases.ms["total"], how)
     return sandbox_id
 
 
 async def connect(table: PodTable, live: LiveSandbox) -> AgentClient:
     """Connect to the agent of a booted VM and check that it speaks our protocol."""
-    vm_id = live.record.vm_id
-
-    async def dial(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await table.hypervisor.dial(vm_id, port)
-
-    agent = AgentClient(dial, vm_id)
-    live.agent = agent
+    live.agent = agent = pod_vm.agent_of(table.hypervisor, live.record.vm_id)
     await agent.check()
     return agent
 
 
-async def _configure(table: PodTable, live: LiveSandbox, network: PodNetwork) -> None:
-    """Make the booted guest this pod's guest. When it does not answer, the error carries its console."""
+async def _join(table: PodTable, live: LiveSandbox, phases: Phases) -> None:
+    with phases.phase("join"):
+        await table.network.join(live.id, live.record.tap)
+
+
+async def _configure(table: PodTable, live: LiveSandbox, network: PodNetwork, phases: Phases) -> None:
+    """Make the guest this pod's. It sends no frame before the tap is joined: the tap is down until then.
+
+    When it does not answer, the error carries its console.
+    """
     try:
-        agent = await connect(table, live)
-        await agent.configure_sandbox(configure_request(live.record, network), timeout_s=CONFIGURE_TIMEOUT_S)
+        with phases.phase("configure"):
+            if live.agent is None:
+                # Not checked first: the ready notice has named the protocol.
+                live.agent = pod_vm.agent_of(table.hypervisor, live.record.vm_id)
+            request = configure_request(live.record, network)
+            await live.agent.configure_sandbox(request, timeout_s=CONFIGURE_TIMEOUT_S)
     except (UnavailableError, DeadlineError) as e:
         # What a dying guest wrote last is still on its way to us.
         await asyncio.sleep(_CONSOLE_SETTLE_S)
@@ -128,21 +147,14 @@ async def _configure(table: PodTable, live: LiveSandbox, network: PodNetwork) ->
         ) from e
 
 
+async def _network(table: PodTable, live: LiveSandbox, mac: str, phases: Phases) -> PodNetwork:
+    with phases.phase("network"):
+        return await table.network.setup(live.id, live.record.spec, device_mac=mac)
+
+
 async def _vm_and_network(table: PodTable, live: LiveSandbox, vm: VmSpec, phases: Phases) -> PodNetwork:
-    config = table.config.hypervisor
-
-    async def boot() -> None:
-        with phases.phase("disk and tap"):
-            disk = await scratch.make(table.config.root, vm.vm_id, config.scratch_bytes, config.qemu_user)
-            await table.network.create_tap(vm.tap)
-        with phases.phase("boot"):
-            await table.hypervisor.boot(replace(vm, disks=(Disk(scratch.SERIAL, disk, readonly=False),)))
-
-    async def network() -> PodNetwork:
-        with phases.phase("network"):
-            return await table.network.setup(live.id, live.record.spec, device_mac=vm.mac)
-
-    _, made = await both(boot(), network())
+    boot = pod_vm.make(table.config, table.hypervisor, table.network, vm, phases.phase)
+    _, made = await both(boot, _network(table, live, vm.mac, phases))
     return made
 
 
@@ -186,11 +198,6 @@ async def close_agent(live: LiveSandbox) -> None:
             await agent.close()
         except (VmrtError, OSError) as e:
             log.warning("sandbox %s: closing the connections to its agent: %s", live.id[:13], e)
-
-
-def _device_mac() -> str:
-    # 02: locally administered, unicast (IEEE 802).
-    return "02:" + ":".join(f"{octet:02x}" for octet in secrets.token_bytes(5))
 
 
 def hostname_of(spec: SandboxSpec) -> str:

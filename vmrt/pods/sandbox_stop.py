@@ -23,26 +23,35 @@ _DRAIN_S = 1.0
 
 
 async def stop_sandbox(table: PodTable, live: LiveSandbox) -> None:
-    """Kill the containers, publish NOT_READY, then give back VM, network and disk before returning."""
+    """Publish NOT_READY, kill the containers, give back VM, network and disk before returning."""
     async with live.lock:
         await _stop(table, live)
 
 
 async def _stop(table: PodTable, live: LiveSandbox) -> None:
     if live.record.state is SandboxState.READY:
-        await _shut_down(table, live)
-        mark_not_ready(table, live, "stopped")
+        table.save_sandbox(live, live.record.moved(SandboxState.NOT_READY, reason="stopped"))
+    if live.record.released:
+        await _let_go(table, live)
+        return
+    await release(table, live.record, before_vm=lambda: _let_go(table, live))
+    table.save_sandbox(live, replace(live.record, released=True))
+
+
+async def _let_go(table: PodTable, live: LiveSandbox) -> None:
+    """End the containers and what this daemon runs for the VM; the network goes meanwhile."""
+    await _shut_down(table, live)
+    mark_not_ready(table, live, live.record.reason)
     if live.events is not None:
         live.events.cancel()
         live.events = None
     await close_agent(live)
-    if not live.record.released:
-        await release(table, live.record)
-        table.save_sandbox(live, replace(live.record, released=True))
 
 
 async def _shut_down(table: PodTable, live: LiveSandbox) -> None:
-    if live.agent is None:
+    """Have the guest kill the containers, for their true exit codes; without running ones the VM is just killed."""
+    running = any(c.record.state is ContainerState.RUNNING for c in table.containers_of(live.id))
+    if live.agent is None or not running:
         return
     try:
         await live.agent.shutdown(timeout_s=SHUTDOWN_S)

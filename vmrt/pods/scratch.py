@@ -15,10 +15,11 @@ import secrets
 from pathlib import Path
 
 from vmrt import spawn
+from vmrt.agent.layout import SCRATCH_SERIAL
 from vmrt.errors import ExhaustedError, ProcessError, VmrtError
-from vmrt.pods.table import uncancelled
+from vmrt.pods.cancellation import uncancelled
 
-SERIAL = "scratch"
+SERIAL = SCRATCH_SERIAL
 # A file system with less than this left is full.
 _FULL_BYTES = 1024 * 1024
 

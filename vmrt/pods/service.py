@@ -18,12 +18,13 @@ from vmrt import __version__
 from vmrt.errors import FailedPreconditionError, UnavailableError, VmGoneError, VmrtError
 from vmrt.model import ContainerSpec, LinuxResources, SandboxSpec
 from vmrt.pods import container_create, container_exec, container_stop, recovery, resize, sandbox_run, sandbox_stop
+from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import follow_vms
 from vmrt.pods.container_exec import ExecResult
 from vmrt.pods.lifecycle import Event
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
 from vmrt.pods.stats import Figures, Stats
-from vmrt.pods.table import LiveSandbox, PodTable, uncancelled
+from vmrt.pods.table import LiveSandbox, PodTable
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +62,17 @@ class PodService:
         table.background(follow_vms(table), "VM events")
         await recovery.recover(table)
         table.background(recovery.sweep_forever(table), "sweep")
+        table.pool.start()
 
     async def close(self) -> None:
-        """Refuse new pods and let go of the running ones; they go on without us."""
+        """Refuse new pods and let go of the running ones; they go on without us, the warm pool does not."""
         self._closing = True
         try:
             async with asyncio.timeout(_CLOSE_S):
                 await self._idle.wait()
         except TimeoutError:
             log.warning("%d calls have not ended; the next start settles what they leave", self._working)
+        await self._table.pool.close()
         await self._table.close()
 
     @contextlib.contextmanager
@@ -214,6 +217,7 @@ class PodService:
             "accelerator": table.hypervisor.accelerator,
             "guest": guest_info,
             "handlers": list(table.config.handlers),
+            "pool": {"size": table.config.pool.size, "waiting": table.pool.waiting()},
         }
         return RuntimeStatus(ready, reason, message, *network, info={"config": json.dumps(config)})
 

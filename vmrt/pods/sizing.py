@@ -15,6 +15,11 @@ from vmrt.model import SandboxSpec
 _ALIGN = 2 * 1024**2
 
 
+def unasked(config: HypervisorConfig, handler: HandlerConfig) -> tuple[int, int]:
+    """Return the size of a VM whose pod asks for nothing: what the warm pool boots."""
+    return size(SandboxSpec(name="", uid="", namespace=""), config, handler)
+
+
 def size(spec: SandboxSpec, config: HypervisorConfig, handler: HandlerConfig) -> tuple[int, int]:
     """Return (vcpus, memory in octets, a multiple of 2 MiB); at most the host's CPUs."""
     vcpus = handler.vcpus or config.default_vcpus

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from vmrt.model import GuestImage
 from vmrt.pods import lifecycle
 from vmrt.pods.drivers import Hypervisor, ImageStore, Network
 from vmrt.pods.log_pump import LogPump
+from vmrt.pods.pool import Pool
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
 from vmrt.store import Store
 
@@ -106,6 +107,7 @@ class PodTable:
         self.containers: dict[str, LiveContainer] = {}
         self.lifecycle = lifecycle.Lifecycle()
         self._sandbox_names: dict[str, str] = {}
+        self.pool = Pool(self)
         self._background: set[asyncio.Task[Any]] = set()
 
     # --- names and ids ---
@@ -278,23 +280,3 @@ class PodTable:
 def instance_tag(root: Path) -> str:
     """Return 8 hex digits that tell the daemons of one machine apart: a hash of the root's real path."""
     return hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
-
-
-async def uncancelled(work: Awaitable[T]) -> T:
-    """Finish `work` even when the caller is cancelled meanwhile; then let the cancellation go on."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as e:
-            if task.cancelled():
-                raise
-            cancelled = e
-        except Exception:
-            break
-    if cancelled is not None:
-        if task.exception() is not None:
-            log.error("undo failed: %s", task.exception(), exc_info=task.exception())
-        raise cancelled
-    return task.result()

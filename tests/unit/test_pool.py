@@ -1,0 +1,314 @@
+"""The warm pool over the drivers' fakes: claims, refilling, deaths, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from tests.contract.fake_hypervisor import FakeHypervisor, FakeVmHost
+from tests.contract.fake_network import FakeHost, FakeNetwork
+from vmrt.agent import agent_pb2 as pb
+from vmrt.agent import layout, ttrpc
+from vmrt.config import Config, HandlerConfig, HypervisorConfig, PoolConfig
+from vmrt.errors import AlreadyExistsError, VmError
+from vmrt.model import GuestImage, LinuxResources, SandboxSpec
+from vmrt.pods import pool, recovery, scratch
+from vmrt.pods.container_events import follow_vms
+from vmrt.pods.pool import Pool, PoolRecord
+from vmrt.pods.records import SandboxState
+from vmrt.pods.sandbox_run import run_sandbox
+from vmrt.pods.table import PodTable
+from vmrt.store import Store
+
+GIB = 1024**3
+
+
+class Machine:
+    """What outlives a daemon, and how a daemon is started on it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.vms = FakeVmHost(ports=(layout.CALL_PORT, layout.STREAM_PORT), agent=self.answer)
+        self.network = FakeHost()
+        self.configured: dict[str, pb.ConfigureSandboxRequest] = {}
+        self.guest_version = "1"
+        self.available = 64 * GIB
+
+    async def answer(self, vm_id: str, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Be the agent: Check and ConfigureSandbox, and event streams on which nothing happens."""
+        if port != layout.CALL_PORT:
+            await reader.read()
+            return
+        decoder = ttrpc.ServerDecoder()
+        while data := await reader.read(65536):
+            for message in decoder.feed(data):
+                call = ttrpc.parse_request(message)
+                payload = pb.CheckResponse(protocol=layout.PROTOCOL_VERSION).SerializeToString()
+                if call.method == "ConfigureSandbox":
+                    request = pb.ConfigureSandboxRequest.FromString(call.payload)
+                    assert vm_id not in self.configured, "a guest is configured once"
+                    self.configured[vm_id] = request
+                    payload = b""
+                writer.write(ttrpc.response(message.stream_id, payload))
+                await writer.drain()
+
+    def guest(self, handler: str) -> GuestImage:
+        return GuestImage(self.guest_version, 1, Path("k"), None, Path("r"), "", "6.1")
+
+    @contextlib.asynccontextmanager
+    async def daemon(self, *, graceful: bool = True, **changes: Any) -> AsyncIterator[PodTable]:
+        """Run the pods room; `graceful=False` leaves as a killed daemon does."""
+        config = dataclasses.replace(
+            Config(root=self.root, hypervisor=HypervisorConfig(scratch_bytes=64 * 1024**2)), **changes
+        )
+        store = Store(self.root / "state.db")
+        hypervisor, network = FakeHypervisor(self.vms), FakeNetwork(self.network)
+        table = PodTable(config, store, hypervisor, network, cast(Any, None), self.guest)
+        table.pool = Pool(table, available=lambda: self.available)
+        table.background(follow_vms(table), "events")
+        await recovery.recover(table)
+        table.pool.start()
+        try:
+            yield table
+        finally:
+            if graceful:
+                await table.pool.close()
+            for vm in table.pool._waiting:
+                await vm.agent.close()
+            await table.close()
+            await hypervisor.close()
+            store.close()
+
+
+def sandbox(name: str = "p", *, memory: int = 0, handler: str = "") -> SandboxSpec:
+    resources = LinuxResources(memory_limit_bytes=memory) if memory else None
+    return SandboxSpec(name=name, uid=name, namespace="n", resources=resources, runtime_handler=handler)
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def hypervisor(table: PodTable) -> FakeHypervisor:
+    return cast(FakeHypervisor, table.hypervisor)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    async def make(root: Path, vm_id: str, size_bytes: int, owner: str) -> Path:
+        path = scratch.path(root, vm_id)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        return path
+
+    # mkfs.ext4 is the end-to-end tests' business.
+    monkeypatch.setattr(scratch, "make", make)
+    monkeypatch.setattr(pool, "_FIRST_PAUSE_S", 0.01)
+    return Machine(tmp_path)
+
+
+async def test_a_pod_takes_the_waiting_vm_and_another_one_is_booted(machine: Machine) -> None:
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        (waiting,) = table.pool.vm_ids()
+        first = table.sandboxes[await run_sandbox(table, sandbox())]
+        assert first.record.vm_id == waiting
+        assert first.record.state is SandboxState.READY
+        assert machine.configured[waiting].sandbox_id == first.id
+        # The guest finds its NIC by the address it was booted with.
+        assert machine.configured[waiting].interfaces[0].device_mac == machine.vms.vms[waiting].spec.mac
+        assert machine.network.taps[machine.vms.vms[waiting].spec.tap] == first.id
+        await until(lambda: table.pool.waiting() == 1)
+        second = table.sandboxes[await run_sandbox(table, sandbox("q"))]
+        assert second.record.vm_id != waiting
+        assert all(vm.spec.background for vm in machine.vms.vms.values())
+
+
+async def test_without_a_pool_nothing_is_booted_ahead(machine: Machine) -> None:
+    async with machine.daemon(pool=PoolConfig(size=0)) as table:
+        live = table.sandboxes[await run_sandbox(table, sandbox())]
+        await asyncio.sleep(0.05)
+        assert list(machine.vms.vms) == [live.record.vm_id]
+        assert not machine.vms.vms[live.record.vm_id].spec.background
+
+
+async def test_a_larger_pod_boots_cold_and_a_smaller_one_is_served(machine: Machine) -> None:
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        (waiting,) = table.pool.vm_ids()
+        large = table.sandboxes[await run_sandbox(table, sandbox("large", memory=4 * GIB))]
+        assert large.record.vm_id != waiting
+        assert machine.vms.vms[large.record.vm_id].spec.memory_bytes > 4 * GIB
+        small = table.sandboxes[await run_sandbox(table, sandbox("small", memory=64 * 1024**2))]
+        assert small.record.vm_id == waiting
+
+
+async def test_handlers_do_not_share(machine: Machine) -> None:
+    handlers = {"vm": HandlerConfig(), "other": HandlerConfig()}
+    async with machine.daemon(handlers=handlers) as table:
+        await until(lambda: table.pool.waiting() == 2)
+        records = {r.handler: r.vm_id for r in table.store.load("pool", PoolRecord)}
+        other = table.sandboxes[await run_sandbox(table, sandbox(handler="other"))]
+        assert other.record.vm_id == records["other"]
+        assert records["vm"] in table.pool.vm_ids()
+
+
+async def test_a_new_guest_image_replaces_the_waiting_vm(machine: Machine) -> None:
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        (old,) = table.pool.vm_ids()
+        machine.guest_version = "2"
+        live = table.sandboxes[await run_sandbox(table, sandbox())]
+        assert live.record.vm_id != old
+        assert live.record.guest_version == "2"
+        await until(lambda: old not in machine.vms.vms and table.pool.waiting() == 1)
+        assert {r.guest_version for r in table.store.load("pool", PoolRecord)} == {"2"}
+
+
+async def test_a_vm_that_dies_while_it_waits_is_replaced(machine: Machine) -> None:
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        (dead,) = table.pool.vm_ids()
+        hypervisor(table).end(dead)
+        # Before its end is told: it is not handed out either.
+        live = table.sandboxes[await run_sandbox(table, sandbox())]
+        assert live.record.vm_id != dead
+        await until(lambda: table.pool.waiting() == 1 and dead not in table.pool.vm_ids())
+        assert not scratch.path(machine.root, dead).exists()
+        assert f"vt{dead}" not in machine.network.taps
+
+
+async def test_a_taken_name_costs_no_vm(machine: Machine) -> None:
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        await run_sandbox(table, sandbox())
+        await until(lambda: table.pool.waiting() == 1)
+        waiting = table.pool.vm_ids()
+        with pytest.raises(AlreadyExistsError):
+            await run_sandbox(table, sandbox())
+        assert table.pool.vm_ids() == waiting
+
+
+async def test_a_failed_start_destroys_the_claimed_vm(machine: Machine) -> None:
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        (waiting,) = table.pool.vm_ids()
+        cast(FakeNetwork, table.network).failures["join"] = [VmError("scripted")]
+        with pytest.raises(VmError, match="scripted"):
+            await run_sandbox(table, sandbox())
+        assert waiting not in machine.vms.vms
+        assert not table.sandboxes
+        await until(lambda: table.pool.waiting() == 1)
+
+
+async def test_boots_that_fail_are_tried_again_and_leave_nothing(machine: Machine) -> None:
+    async with machine.daemon(pool=PoolConfig(size=0)) as table:
+        table.config = dataclasses.replace(table.config, pool=PoolConfig(size=1))
+        hypervisor(table).failures["boot"] = [VmError("one"), VmError("two")]
+        table.pool.start()
+        await until(lambda: table.pool.waiting() == 1)
+        assert [call[0] for call in hypervisor(table).calls].count("boot") == 3
+        assert {f"vt{vm_id}" for vm_id in table.pool.vm_ids()} == set(machine.network.taps)
+        assert set(scratch.vm_ids(machine.root)) == table.pool.vm_ids()
+
+
+async def test_no_vm_is_booted_ahead_while_memory_is_short(machine: Machine) -> None:
+    machine.available = 1 * GIB
+    async with machine.daemon() as table:
+        await asyncio.sleep(0.1)
+        assert not machine.vms.vms
+        machine.available = 64 * GIB
+        await until(lambda: table.pool.waiting() == 1)
+
+
+async def test_refilling_waits_while_a_pod_is_being_started(machine: Machine) -> None:
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        network = cast(FakeNetwork, table.network)
+        network.gate.clear()
+        start = asyncio.create_task(run_sandbox(table, sandbox()))
+        await until(lambda: table.pool.waiting() == 0)
+        await asyncio.sleep(0.05)
+        assert len(machine.vms.vms) == 1
+        network.gate.set()
+        await start
+        await until(lambda: table.pool.waiting() == 1)
+
+
+async def test_a_daemon_that_stops_takes_the_waiting_vms_away(machine: Machine) -> None:
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        live = table.sandboxes[await run_sandbox(table, sandbox())]
+        await until(lambda: table.pool.waiting() == 1)
+    assert list(machine.vms.vms) == [live.record.vm_id]
+    assert list(machine.network.taps) == [live.record.tap]
+    assert scratch.vm_ids(machine.root) == [live.record.vm_id]
+
+
+async def test_stopping_undoes_a_boot_that_is_under_way(machine: Machine) -> None:
+    async with machine.daemon() as table:
+        hypervisor(table).gate.clear()
+        await until(lambda: table.pool.vm_ids())
+    assert not machine.vms.vms
+    assert not machine.network.taps
+    store = Store(machine.root / "state.db")
+    assert store.load("pool", PoolRecord) == []
+    store.close()
+
+
+async def test_the_next_daemon_uses_what_a_killed_one_left(machine: Machine) -> None:
+    async with machine.daemon(graceful=False) as table:
+        await until(lambda: table.pool.waiting() == 1)
+        waiting = table.pool.vm_ids()
+    async with machine.daemon() as table:
+        assert table.pool.vm_ids() == waiting
+        live = table.sandboxes[await run_sandbox(table, sandbox())]
+        assert {live.record.vm_id} == waiting
+
+
+@pytest.mark.parametrize("change", ["outdated", "off", "half-made", "dead"])
+async def test_the_next_daemon_removes_what_it_cannot_use(machine: Machine, change: str) -> None:
+    async with machine.daemon(graceful=False) as table:
+        await until(lambda: table.pool.waiting() == 1)
+        (old,) = table.pool.vm_ids()
+        if change == "half-made":
+            (record,) = table.store.load("pool", PoolRecord)
+            table.store.put("pool", old, dataclasses.replace(record, ready=False))
+    if change == "outdated":
+        machine.guest_version = "2"
+    if change == "dead":
+        del machine.vms.vms[old]
+    async with machine.daemon(pool=PoolConfig(size=0 if change == "off" else 1)) as table:
+        assert old not in table.pool.vm_ids()
+        assert old not in machine.vms.vms
+        assert old not in scratch.vm_ids(machine.root)
+        assert f"vt{old}" not in machine.network.taps
+
+
+async def test_a_vm_claimed_just_before_the_kill_stays_the_sandboxs(machine: Machine) -> None:
+    async with machine.daemon(graceful=False) as table:
+        await until(lambda: table.pool.waiting() == 1)
+        (record,) = table.store.load("pool", PoolRecord)
+        live = table.sandboxes[await run_sandbox(table, sandbox())]
+        # As if the daemon had died between the sandbox's record and the end of the claim.
+        table.store.put("pool", record.vm_id, record)
+    async with machine.daemon() as table:
+        assert table.sandboxes[live.id].record.state is SandboxState.READY
+        assert record.vm_id in machine.vms.vms
+        assert record.vm_id not in table.pool.vm_ids()
+
+
+async def test_the_sweep_leaves_the_pool_alone(machine: Machine) -> None:
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        await recovery.sweep(table)
+        assert set(machine.vms.vms) == table.pool.vm_ids()
+        assert set(scratch.vm_ids(machine.root)) == table.pool.vm_ids()

@@ -1,0 +1,52 @@
+"""The scheduling priority of a VM that nobody waits for yet.
+
+Linux keeps a nice value per thread, and setpriority(2) with PRIO_PROCESS sets one thread's (its NOTES): a process is
+slowed by going through its threads, which hand the value on to those that they make.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from pathlib import Path
+
+from vmrt.spawn import ProcessId, alive
+
+BACKGROUND = 10
+NORMAL = 0
+
+
+@functools.cache
+def can_restore() -> bool:
+    """Say whether we may raise a priority again (CAP_SYS_NICE), tried on a thread of our own."""
+    allowed: list[bool] = []
+
+    def attempt() -> None:
+        with contextlib.suppress(OSError):
+            nice = os.getpriority(os.PRIO_PROCESS, 0)
+            os.setpriority(os.PRIO_PROCESS, 0, nice + 1)
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
+            allowed.append(True)
+
+    thread = threading.Thread(target=attempt, name="vmrt-nice")
+    thread.start()
+    thread.join()
+    return bool(allowed)
+
+
+def set_nice(process: ProcessId, nice: int) -> None:
+    """Give every thread of a process a nice value; a no-op where it could not be taken back."""
+    if not can_restore() or not alive(process):
+        return
+    done: set[int] = set()
+    # Twice, for the threads that one not yet seen has made meanwhile.
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            for entry in Path(f"/proc/{process.pid}/task").iterdir():
+                thread = int(entry.name)
+                if thread not in done:
+                    done.add(thread)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.setpriority(os.PRIO_PROCESS, thread, nice)
