@@ -19,16 +19,9 @@ from vmrt import spawn
 from vmrt.agent.layout import PROTOCOL_VERSION
 from vmrt.config import HypervisorConfig
 from vmrt.errors import AlreadyExistsError, VmError, VmGoneError, VmrtError
-from vmrt.hypervisor import domain, emulator, priority, vhost_vsock, virtiofsd
+from vmrt.hypervisor import access, domain, emulator, priority, vhost_vsock, virtiofsd
 from vmrt.hypervisor.accel import Accelerator, KvmProbe
-from vmrt.hypervisor.access import (
-    ROOT_USER,
-    QemuUser,
-    make_directory,
-    require_passable,
-    require_readable,
-    require_short,
-)
+from vmrt.hypervisor.access import ROOT_USER, QemuUser, require_passable, require_readable, require_short
 from vmrt.hypervisor.console import Console, ConsoleRing
 from vmrt.hypervisor.libvirt_host import DomainChange, LibvirtHost
 from vmrt.hypervisor.record import Helper, VmPaths, VmRecord, paths_of, read, write
@@ -74,9 +67,9 @@ class LibvirtHypervisor:
         """Connect, learn the accelerator and vsock transport, adopt the VMs that run under our root."""
         require_short(self._root, self._config)
         self._user = QemuUser.lookup(self._config.qemu_user, self._config.qemu_group)
-        make_directory(self._root, 0o711)
+        access.make_directory(self._root, 0o711)
         require_passable(self._root, self._user, phase="start")
-        make_directory(self._vms_directory, 0o711)
+        access.make_directory(self._vms_directory, 0o711)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self.close)
             await self._accelerator.choose()
