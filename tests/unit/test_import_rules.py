@@ -57,7 +57,7 @@ RULES = {
     "vmrt.netns": rule(leaves=True, outside=("pyroute2",)),
     "vmrt.fallback_network": rule("vmrt.cni", "vmrt.netns", leaves=True),
     "vmrt.netbridge": rule(*("vmrt.cni", "vmrt.netns", "vmrt.fallback_network"), leaves=True, outside=("pyroute2",)),
-    "vmrt.streaming": rule(leaves=True),
+    "vmrt.streaming": rule(leaves=True, outside=("h11", "wsproto")),
     "vmrt.guest_image": rule(leaves=True),
     "vmrt.pods": rule("vmrt.store", "vmrt.agent_client", leaves=True, outside=("msgspec", "google.protobuf")),
     "vmrt.cri": rule(

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from vmrt.model import ContainerSpec, SandboxSpec
 from vmrt.pods.records import ContainerRecord, SandboxRecord
+from vmrt.streaming.targets import Request
 
 
 class ExecResult(Protocol):
@@ -41,6 +42,14 @@ class RuntimeStatus(Protocol):
     def network_message(self) -> str: ...  # noqa: D102
     @property
     def info(self) -> Mapping[str, str]: ...  # noqa: D102
+
+
+class StreamUrls(Protocol):
+    """The streaming server."""
+
+    def url(self, request: Request) -> str:
+        """Return a URL that serves this request once, within a minute. Raises `ExhaustedError`."""
+        ...
 
 
 class Pods(Protocol):

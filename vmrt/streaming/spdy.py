@@ -331,6 +331,10 @@ class Connection:
                 self._streams[stream_id] = StreamState.LOCAL_CLOSED
         return True
 
+    def sending(self, stream_id: int) -> bool:
+        """Whether a stream takes data from us."""
+        return self._streams.get(stream_id) in (StreamState.OPEN, StreamState.REMOTE_CLOSED)
+
     def reset(self, stream_id: int, status: Reset = Reset.CANCEL) -> None:
         """Reset a stream; nothing happens when it is gone."""
         if self._streams.pop(stream_id, None) is not None:
