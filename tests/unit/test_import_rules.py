@@ -66,7 +66,9 @@ RULES = {
         outside=("grpc", "google.protobuf"),
     ),
     "vmrt.cli": rule(
-        "vmrt", "vmrt.guest_image", "vmrt.proto", leaves=True, outside=("click", "rich", "grpc", "google.protobuf")
+        *("vmrt", "vmrt.guest_image", "vmrt.proto", "vmrt.streaming"),
+        leaves=True,
+        outside=("click", "rich", "grpc", "google.protobuf", "h11", "wsproto"),
     ),
 }
 COMPOSITION_ROOT = "vmrt.__main__"
