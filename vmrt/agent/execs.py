@@ -243,6 +243,8 @@ class ExecSession:
         self._stdin = -1
         child = self._child
         if child is None or child.exit is not None:
+            if child is not None:
+                child.wait()  # `exit` is there a moment before the descriptor has been written to
             os.close(self._ended)
         else:
             # The exit may still be told to this descriptor: it is closed after that.
