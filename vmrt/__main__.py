@@ -55,8 +55,10 @@ async def serve(config: Config) -> None:
     from vmrt.model import GuestImage
     from vmrt.netbridge import NetBridge
     from vmrt.pods.service import PodService
+    from vmrt.pods.streams import PodStreams
     from vmrt.pods.table import PodTable, instance_tag
     from vmrt.store import RootLock, Store
+    from vmrt.streaming.server import StreamServer
 
     async with contextlib.AsyncExitStack() as stack:
         config.root.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -93,11 +95,15 @@ async def serve(config: Config) -> None:
         for driver in (hypervisor, network, images):
             stack.push_async_callback(driver.close)
             await driver.open()
-        pods = PodService(PodTable(config, store, hypervisor, network, images, guest))
+        table = PodTable(config, store, hypervisor, network, images, guest)
+        pods = PodService(table)
         stack.push_async_callback(pods.close)
         await pods.open()
         images.collect()
-        server = CriServer(config, pods, images)
+        streams = StreamServer(config.streaming, PodStreams(table))
+        stack.push_async_callback(streams.close)
+        await streams.open()
+        server = CriServer(config, pods, images, streams)
         stack.push_async_callback(server.close)
         await server.open()
         log.info("vmrt %s serves CRI on %s (%s)", __version__, config.listen, hypervisor.accelerator)

@@ -88,6 +88,18 @@ class PoolConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamingConfig:
+    """Where exec, attach and port-forward are served; port 0 is any free one, `tls_cert` "" is plain HTTP."""
+
+    address: str = "127.0.0.1"
+    port: int = 0
+    tls_cert: str = ""
+    tls_key: str = ""
+    # Clients must have a certificate of this CA.
+    client_ca: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class HandlerConfig:
     """One RuntimeClass handler; `guest` names a guest image directory, "" the default one."""
 
@@ -116,6 +128,7 @@ class Config:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     images: ImageConfig = field(default_factory=ImageConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
+    streaming: StreamingConfig = field(default_factory=StreamingConfig)
     log: LogConfig = field(default_factory=LogConfig)
     handlers: dict[str, HandlerConfig] = field(default_factory=lambda: {"vm": HandlerConfig()})
 
@@ -185,6 +198,13 @@ def check(config: Config) -> Config:
             f"{config.max_container_log_line_bytes}",
             hint="a piece of a line must fit into the agent's output buffer, or the container would wait for ever",
         )
+    s = config.streaming
+    if not 0 <= s.port < 65536:
+        raise ConfigError(f"streaming.port must be 0 (any) or a TCP port, not {s.port}")
+    if not s.address:
+        raise ConfigError("streaming.address is empty", hint="0.0.0.0 and :: listen on every address")
+    if not s.tls_cert and (s.tls_key or s.client_ca):
+        raise ConfigError("streaming.tls_key and streaming.client_ca need streaming.tls_cert")
     return config
 
 
@@ -252,6 +272,7 @@ __all__ = [
     "LogConfig",
     "NetworkConfig",
     "PoolConfig",
+    "StreamingConfig",
     "check",
     "load",
 ]

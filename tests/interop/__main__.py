@@ -1,5 +1,7 @@
 """`make interop`: runs the Go tests here, which use the client libraries of kubelet, against a daemon of their own.
 
+Arguments are passed on to `go test`: `python -m tests.interop -run TestStreaming`.
+
 The daemon has an image, and a registry on loopback to pull it from. Where Go is absent or older than go.mod asks for,
 this says so in one line and passes; under CI=true that is a failure, so that the tests cannot stop running unnoticed.
 Without root there is no daemon, and the tests that need one are skipped.
@@ -87,7 +89,7 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
 
 def go_test(more: Mapping[str, str]) -> int:
     """Run the tests, their output ours; return the exit status."""
-    argv = ["go", "test", "-count=1", "-timeout=20m", *(["-v"] if more else []), "./..."]
+    argv = ["go", "test", "-count=1", "-timeout=20m", *(["-v"] if more else []), "./...", *sys.argv[1:]]
     return subprocess.run(argv, cwd=HERE, env=environment(more), check=False).returncode
 
 

@@ -357,3 +357,16 @@ def test_reaper_tells_every_exit_to_the_right_child() -> None:
     program = REAPER_PROGRAM.format(path=[str(REPOSITORY), *(p for p in sys.path if p.endswith("site-packages"))])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
     assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
+
+
+def test_a_wait_ends_behind_the_exits_callback_even_one_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    seen: list[bool] = []
+
+    def on_exit(ended: process.Exit) -> None:
+        seen.append(child.wait(0.0) is ended and not child._ended.is_set())
+        raise OSError("a closed descriptor")
+
+    child = process.Child(1, on_exit)
+    child._tell(process.Exit(0))
+    assert seen == [True]
+    assert child._ended.is_set()

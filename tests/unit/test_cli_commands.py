@@ -244,11 +244,13 @@ def test_exec_failure_of_ours_is_125(house: FakeDaemon) -> None:
     assert house.called(api_pb2.ExecSyncRequest)[0].timeout == 5
 
 
-@pytest.mark.parametrize("options", [["-i"], ["-t"], ["-it"]])
-def test_exec_with_a_terminal_is_refused_clearly(house: FakeDaemon, options: list[str]) -> None:
-    result = vmrt(house, "exec", *options, "app", "sh")
+def test_exec_with_a_terminal_needs_one(house: FakeDaemon) -> None:
+    result = vmrt(house, "exec", "-it", "app", "sh")
     assert result.exit_code == 2
-    assert "streaming server" in result.stderr
+    assert "needs a terminal on stdin" in result.stderr
+    result = vmrt(house, "exec", "-i", "--time-limit", "3", "app", "sh")
+    assert result.exit_code == 2
+    assert "--time-limit" in result.stderr
     assert not house.calls
 
 
@@ -526,7 +528,7 @@ def test_completion_script(shell: str) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("vmrt p", {"pods", "ps", "pull"}),
+        ("vmrt p", {"pods", "port-forward", "ps", "pull"}),
         ("vmrt --socket {socket} stop w", {"web"}),
         ("vmrt --socket {socket} exec a", {"app"}),
         ("vmrt --socket {socket} exec ccc1", {WEB}),

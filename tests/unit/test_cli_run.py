@@ -245,7 +245,7 @@ def test_rm_deletes_no_directory_named_by_a_stranger(fake: FakeDaemon, tmp_path:
 def test_terminal_and_input_are_refused_clearly(fake: FakeDaemon) -> None:
     result = vmrt(fake, "run", "-it", IMAGE)
     assert result.exit_code == 2
-    assert "streaming server" in result.stderr
+    assert "exec -it" in result.stderr
     assert not fake.calls
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -46,6 +47,7 @@ from vmrt.proto.runtime.v1 import api_pb2 as cri
 from vmrt.proto.runtime.v1 import api_pb2_grpc as cri_grpc
 from vmrt.proto.vmrt.v1 import control_pb2 as control
 from vmrt.proto.vmrt.v1 import control_pb2_grpc as control_grpc
+from vmrt.streaming.targets import AttachRequest, ExecRequest, PortForwardRequest, Request
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,11 @@ class FakeImages(ImageStore):
         return Path("/var/lib/vmrt/images"), 77, 3
 
 
+class FakeStreams:
+    def url(self, request: Request) -> str:
+        return f"http://127.0.0.1:1/{request!r}"
+
+
 @dataclass
 class Edge:
     pods: FakePods
@@ -232,7 +239,7 @@ class Edge:
 
 
 def make(path: Path, pods: FakePods, images: FakeImages) -> server.CriServer:
-    return server.CriServer(Config(listen=f"unix://{path}"), pods, images)
+    return server.CriServer(Config(listen=f"unix://{path}"), pods, images, FakeStreams())
 
 
 @pytest.fixture
@@ -477,7 +484,36 @@ async def test_images(edge: Edge) -> None:
         await edge.image.ImageStatus(cri.ImageStatusRequest())
 
 
-UNARY_TO_COME = ["Exec", "Attach", "PortForward", "CheckpointContainer"]
+async def test_streaming_calls_give_a_url_for_what_was_asked(edge: Edge) -> None:
+    runtime = edge.runtime
+    pod = (await runtime.RunPodSandbox(sandbox_request())).pod_sandbox_id
+    container = (await runtime.CreateContainer(container_request(pod))).container_id
+    async with refused(grpc.StatusCode.FAILED_PRECONDITION, "created"):
+        await runtime.Exec(cri.ExecRequest(container_id=container, cmd=["x"], stdout=True))
+    created = edge.pods.containers_by_id[container]
+    edge.pods.containers_by_id[container] = dataclasses.replace(created, state=ContainerState.RUNNING)
+    answer = await runtime.Exec(cri.ExecRequest(container_id=container[:9], cmd=["a", "b"], stdout=True, tty=True))
+    wanted = ExecRequest(container, ("a", "b"), stdin=False, stdout=True, stderr=False, tty=True)
+    assert answer.url == f"http://127.0.0.1:1/{wanted!r}"
+    attached = await runtime.Attach(cri.AttachRequest(container_id=container, stdin=True))
+    assert attached.url.endswith(repr(AttachRequest(container, True, False, False, False)))
+    forwarded = await runtime.PortForward(cri.PortForwardRequest(pod_sandbox_id=pod, port=[80]))
+    assert forwarded.url.endswith(repr(PortForwardRequest(pod, (80,))))
+    for wrong, text in (
+        (runtime.Exec(cri.ExecRequest(container_id=container, cmd=["x"])), "all false"),
+        (runtime.Exec(cri.ExecRequest(container_id=container, stdout=True)), "cmd is empty"),
+        (runtime.Attach(cri.AttachRequest(container_id=container, tty=True, stderr=True)), "tty"),
+        (runtime.PortForward(cri.PortForwardRequest(pod_sandbox_id=pod, port=[0])), "port[0]"),
+        (runtime.PortForward(cri.PortForwardRequest()), "pod_sandbox_id is empty"),
+    ):
+        async with refused(grpc.StatusCode.INVALID_ARGUMENT, text):
+            await wrong
+    edge.pods.by_id[pod] = dataclasses.replace(edge.pods.by_id[pod], state=SandboxState.NOT_READY)
+    async with refused(grpc.StatusCode.FAILED_PRECONDITION, "not-ready"):
+        await runtime.PortForward(cri.PortForwardRequest(pod_sandbox_id=pod))
+
+
+UNARY_TO_COME = ["CheckpointContainer"]
 
 
 def rpc(name: str) -> tuple[str, bool]:

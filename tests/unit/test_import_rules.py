@@ -58,7 +58,7 @@ RULES = {
     "vmrt.netns": rule(leaves=True, outside=("pyroute2",)),
     "vmrt.fallback_network": rule("vmrt.cni", "vmrt.netns", leaves=True),
     "vmrt.netbridge": rule(*("vmrt.cni", "vmrt.netns", "vmrt.fallback_network"), leaves=True, outside=("pyroute2",)),
-    "vmrt.streaming": rule(leaves=True),
+    "vmrt.streaming": rule(leaves=True, outside=("h11", "wsproto")),
     "vmrt.guest_image": rule(leaves=True),
     "vmrt.pods": rule("vmrt.store", "vmrt.agent_client", leaves=True, outside=("msgspec", "google.protobuf")),
     "vmrt.cri": rule(
@@ -67,7 +67,9 @@ RULES = {
         outside=("grpc", "google.protobuf"),
     ),
     "vmrt.cli": rule(
-        "vmrt", "vmrt.guest_image", "vmrt.proto", leaves=True, outside=("click", "rich", "grpc", "google.protobuf")
+        *("vmrt", "vmrt.guest_image", "vmrt.proto", "vmrt.streaming"),
+        leaves=True,
+        outside=("click", "rich", "grpc", "google.protobuf", "h11", "wsproto"),
     ),
 }
 COMPOSITION_ROOT = "vmrt.__main__"

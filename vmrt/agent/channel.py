@@ -15,6 +15,7 @@ _READ = 65536
 _HIGH_WATER = 128 * 1024
 HELLO_TIMEOUT_S = 10.0
 LINGER_S = 5.0
+_ACK_AFTER = 32 * 1024
 HANGUP = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
@@ -29,6 +30,8 @@ class Channel:
         self._connection = connection
         self._decoder = frames.Decoder(frames.FROM_HOST)
         self._out = bytearray()
+        self._acks = False
+        self._consumed = 0
         connection.setblocking(False)
 
     def fileno(self) -> int:
@@ -69,6 +72,13 @@ class Channel:
         self._out += frame
         self.push()
 
+    def consumed(self, octets: int, *, all_gone: bool) -> None:
+        """Tell the host that octets of stdin are gone, in few frames: at once when nothing waits. Raises `Closed`."""
+        self._consumed += octets
+        if self._acks and self._consumed and (all_gone or self._consumed >= _ACK_AFTER):
+            self.send(frames.stdin_ack(self._consumed))
+            self._consumed = 0
+
     def push(self) -> None:
         """Send what the socket takes. Raises `Closed`."""
         while self._out:
@@ -104,7 +114,9 @@ class Channel:
                 # Only the first frame: what follows is the session's, once there is one (`pending`).
                 received = self._decoder.feed(data, 1)
                 if received and received[0].type == pb.HELLO:
-                    return received[0].parse(pb.StreamHello)
+                    hello = received[0].parse(pb.StreamHello)
+                    self._acks = hello.stdin_acks
+                    return hello
             except BlockingIOError:
                 continue
             except (OSError, frames.FrameError) as e:

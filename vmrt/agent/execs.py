@@ -186,6 +186,8 @@ class ExecSession:
                 if self._stdin >= 0 and not self._stdin_closing:
                     self._stdin_data += frame.payload
                     self._write_stdin()
+                else:
+                    self._channel.consumed(len(frame.payload), all_gone=True)
             elif frame.type == pb.CLOSE and frames.closed_stream(frame) == pb.STDIN:
                 self._stdin_closing = True
                 self._write_stdin()
@@ -210,10 +212,10 @@ class ExecSession:
                 return
             except OSError:
                 # The process has closed its stdin: the rest goes nowhere, as in a shell's pipe.
-                self._stdin_data.clear()
+                written = len(self._stdin_data)
                 self._stdin_closing = True
-                break
             del self._stdin_data[:written]
+            self._channel.consumed(written, all_gone=not self._stdin_data)
         if self._stdin_closing and not self._stdin_data and self._stdin >= 0 and not self._request.tty:
             os.close(self._stdin)
             self._stdin = -1
@@ -241,6 +243,8 @@ class ExecSession:
         self._stdin = -1
         child = self._child
         if child is None or child.exit is not None:
+            if child is not None:
+                child.wait()  # `exit` is there a moment before the descriptor has been written to
             os.close(self._ended)
         else:
             # The exit may still be told to this descriptor: it is closed after that.

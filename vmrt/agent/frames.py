@@ -24,7 +24,7 @@ HEADER = struct.Struct(">BI")
 
 # What each end may receive; anything else breaks the protocol.
 FROM_HOST = frozenset((pb.HELLO, pb.STDIN, pb.CLOSE, pb.RESIZE, pb.SIGNAL, pb.ACK))
-FROM_GUEST = frozenset((pb.REPLY, pb.STDOUT, pb.STDERR, pb.CLOSE, pb.EXIT, pb.OUTPUT, pb.EVENT))
+FROM_GUEST = frozenset((pb.REPLY, pb.STDOUT, pb.STDERR, pb.CLOSE, pb.EXIT, pb.OUTPUT, pb.EVENT, pb.STDIN_ACK))
 
 
 class FrameError(Exception):
@@ -103,6 +103,18 @@ class Decoder:
 def close_frame(stream: int) -> bytes:
     """Return the CLOSE frame for STDIN, STDOUT or STDERR."""
     return encode(pb.CLOSE, bytes((stream,)))
+
+
+def stdin_ack(octets: int) -> bytes:
+    """Return the STDIN_ACK frame for so many octets."""
+    return encode(pb.STDIN_ACK, octets.to_bytes(4, "big"))
+
+
+def acknowledged(frame: Frame) -> int:
+    """Return the octets of a STDIN_ACK frame. Raises `FrameError`."""
+    if len(frame.payload) != 4:
+        raise FrameError("a STDIN_ACK frame has 4 octets")
+    return int.from_bytes(frame.payload, "big")
 
 
 def closed_stream(frame: Frame) -> int:

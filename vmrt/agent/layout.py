@@ -11,6 +11,9 @@ READY_PORT = 1026  # on the host
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_FRAME_BYTES = 65536
+# Octets of a stream's stdin that may be on their way (agent.proto, StreamHello.stdin_acks). Below what the agent holds
+# before it stops reading the connection.
+STDIN_WINDOW = 96 * 1024
 
 # In the guest.
 RUN = "/run/vmrt"

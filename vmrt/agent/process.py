@@ -17,6 +17,7 @@ import threading
 import time
 
 from vmrt.agent import agent_pb2 as pb
+from vmrt.agent import console
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,15 +55,19 @@ class Child:
         self._ended = threading.Event()
 
     def wait(self, timeout_s: float | None = None) -> Exit | None:
-        """Wait for its end; None when it still runs after `timeout_s`."""
+        """Wait for its end, and for `on_exit` to have run; None when it still runs after `timeout_s`."""
         self._ended.wait(timeout_s)
         return self.exit
 
     def _tell(self, exit_: Exit) -> None:
         self.exit = exit_
-        self._ended.set()
-        if self._on_exit is not None:
-            self._on_exit(exit_)
+        try:
+            if self._on_exit is not None:
+                self._on_exit(exit_)
+        except Exception as e:  # the reaper is PID 1: its end would be the VM's
+            console.log(f"exit of process {self.pid}: {type(e).__name__}: {e}")
+        finally:
+            self._ended.set()
 
 
 class Reaper:

@@ -14,8 +14,12 @@ CID_ANY = 0xFFFFFFFF
 CID_HOST = 2
 
 
-def listen_vsock(port: int, backlog: int = 128) -> _socket.socket:
-    """Listen on a vsock port. Raises `OSError`."""
+def listen_vsock(port: int, backlog: int = 1024) -> _socket.socket:
+    """Listen on a vsock port. Raises `OSError`.
+
+    The kernel refuses what does not fit the backlog: it holds all the streams that there may be, for a port-forward's
+    client can open hundreds at one moment.
+    """
     listener = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM)
     try:
         listener.bind((CID_ANY, port))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _CHUNK = 32768
 _DIAL_TIMEOUT_S = 10.0
 _DIAL_BUFFER = 128 * 1024
+_STDIN_BOUND = 128 * 1024
 
 
 class Streams:
@@ -180,7 +181,7 @@ class AttachSession:
                     channel.flush()
                     return
                 polls = Pollset()
-                polls.add(channel.fileno(), channel.interest(read=not self._stdin_data))
+                polls.add(channel.fileno(), channel.interest(read=len(self._stdin_data) < _STDIN_BOUND))
                 polls.add(cursor.wake_fd, select.POLLIN)
                 if self._stdin_data:
                     polls.add(container.stdin_fd, select.POLLOUT)
@@ -208,6 +209,8 @@ class AttachSession:
                 if self._stdin and not self._stdin_ended:
                     self._stdin_data += frame.payload
                     self._write_stdin()
+                else:
+                    self._channel.consumed(len(frame.payload), all_gone=True)
             elif frame.type == pb.CLOSE and frames.closed_stream(frame) == pb.STDIN:
                 self._stdin_ended = True
                 if self._stdin and container.stdin_once and not self._stdin_data:
@@ -232,9 +235,9 @@ class AttachSession:
             except BlockingIOError:
                 return
             except OSError:
-                self._stdin_data.clear()  # nobody reads it any more
-                return
+                written = len(self._stdin_data)  # nobody reads it any more
             del self._stdin_data[:written]
+            self._channel.consumed(written, all_gone=not self._stdin_data)
         if self._stdin_ended and self._container.stdin_once:
             self._container.close_stdin()
 
@@ -306,7 +309,9 @@ class DialSession:
     def _write_target(self) -> None:
         with contextlib.suppress(BlockingIOError):
             while self._data:
-                del self._data[: self._target.send(self._data)]
+                written = self._target.send(self._data)
+                del self._data[:written]
+                self._channel.consumed(written, all_gone=not self._data)
         if self._host_ended and not self._data and not self._told_target:
             self._told_target = True
             with contextlib.suppress(OSError):  # it may have gone meanwhile

@@ -145,13 +145,15 @@ class AgentClient:
         hello = pb.StreamHello(
             exec=pb.ExecStream(
                 container_id=container_id, args=args, tty=tty, stdin=stdin, window=size, detach_kills=detach_kills
-            )
+            ),
+            stdin_acks=True,
         )
         return Session(self, hello, "exec")
 
     def attach(self, container_id: str, *, stdin: bool = False) -> Session:
         """Return a session, to be opened by `async with`, on a container's main process."""
-        return Session(self, pb.StreamHello(attach=pb.AttachStream(container_id=container_id, stdin=stdin)), "attach")
+        request = pb.AttachStream(container_id=container_id, stdin=stdin)
+        return Session(self, pb.StreamHello(attach=request, stdin_acks=True), "attach")
 
     def output(self, container_id: str, stdout_offset: int = 0, stderr_offset: int = 0) -> OutputSession:
         """Return a session, to be opened by `async with`, that follows a container's output from these offsets."""
@@ -182,7 +184,7 @@ class AgentClient:
 
         Opening raises `NotFoundError` when nothing answers there.
         """
-        return DialSession(self, pb.StreamHello(dial=pb.DialStream(port=port)), f"dial port {port}")
+        return DialSession(self, pb.StreamHello(dial=pb.DialStream(port=port), stdin_acks=True), f"dial port {port}")
 
     # --- connections --------------------------------------------------------------------------------------------------
 

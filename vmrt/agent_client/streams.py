@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
@@ -19,6 +20,9 @@ M = TypeVar("M", bound=Message)
 # Opening a stream runs crun in a guest that may be busy.
 OPEN_TIMEOUT_S = 60.0
 _READ = 65536
+_STDIN_PIECE = 32 * 1024
+# At most 64 KiB each.
+_STASH_FRAMES = 8
 
 
 class Stream:
@@ -30,7 +34,14 @@ class Stream:
         self._phase = phase
         self._resource = resource
         self._decoder = frames.Decoder(frames.FROM_GUEST)
-        self._frames: list[frames.Frame] = []
+        self._frames: deque[frames.Frame] = deque()
+        # Who writes stdin reads too while it waits; what it reads for others is stashed.
+        self._reading = asyncio.Lock()
+        self._stash: deque[frames.Frame] = deque()
+        self._ended = False
+        self._changed = asyncio.Event()
+        # Octets of stdin that the agent still holds (agent.proto, StreamHello.stdin_acks).
+        self._unacknowledged = 0
 
     async def open(self, hello: pb.StreamHello) -> None:
         """Send the hello and take the reply."""
@@ -53,7 +64,54 @@ class Stream:
             raise translate(reply.code, reply.message, self._phase, self._resource)
 
     async def next(self) -> frames.Frame | None:
-        """Return the next frame, None when the agent has closed the connection between two frames."""
+        """Return the next frame that is no STDIN_ACK, None when the agent has closed the connection between two."""
+        try:
+            while not self._stash and not self._ended:
+                async with self._reading:
+                    if not self._stash and not self._ended:
+                        await self._read_one()
+            return self._stash.popleft() if self._stash else None
+        finally:
+            self._changed.set()
+
+    async def send_stdin(self, data: bytes) -> None:
+        """Send octets of stdin, waiting while the agent holds too many."""
+        for at in range(0, len(data), _STDIN_PIECE):
+            piece = data[at : at + _STDIN_PIECE]
+            while self._unacknowledged + len(piece) > layout.STDIN_WINDOW:
+                await self._wait_for_ack()
+            self._unacknowledged += len(piece)
+            await self.send(frames.encode(pb.STDIN, piece))
+
+    async def _wait_for_ack(self) -> None:
+        """Let one more frame arrive: read it here where nobody else does, for acknowledgements are among the rest."""
+        if self._ended:
+            raise self.unavailable("the connection ended")
+        self._changed.clear()
+        if self._reading.locked() or len(self._stash) >= _STASH_FRAMES:
+            await self._changed.wait()
+            return
+        async with self._reading:
+            await self._read_one()
+
+    async def _read_one(self) -> None:
+        """Take one frame: a STDIN_ACK into the window, any other into the stash."""
+        frame = await self._receive()
+        if frame is None:
+            self._ended = True
+        elif frame.type != pb.STDIN_ACK:
+            self._stash.append(frame)
+        else:
+            try:
+                octets = frames.acknowledged(frame)
+            except frames.FrameError as e:
+                raise self.broken(str(e)) from e
+            if octets > self._unacknowledged:
+                raise self.broken(f"acknowledged {octets} octets of {self._unacknowledged}")
+            self._unacknowledged -= octets
+        self._changed.set()
+
+    async def _receive(self) -> frames.Frame | None:
         while not self._frames:
             try:
                 data = await self.reader.read(_READ)
@@ -64,10 +122,10 @@ class Stream:
                     raise self.unavailable("the connection ended within a frame")
                 return None
             try:
-                self._frames = self._decoder.feed(data)
+                self._frames.extend(self._decoder.feed(data))
             except frames.FrameError as e:
                 raise self.broken(str(e)) from e
-        return self._frames.pop(0)
+        return self._frames.popleft()
 
     def parse(self, frame: frames.Frame, message: type[M]) -> M:
         """Return a frame's message."""
@@ -96,6 +154,8 @@ class Stream:
 
     def close(self) -> None:
         """Close the connection."""
+        self._ended = True
+        self._changed.set()
         self.writer.close()
 
 
@@ -177,7 +237,7 @@ class Session(_Opened):
 
     async def write_stdin(self, data: bytes) -> None:
         """Send octets to the process's stdin, waiting while it takes none."""
-        await self._stream.send(frames.encode_data(pb.STDIN, data))
+        await self._stream.send_stdin(data)
 
     async def close_stdin(self) -> None:
         """Send end of file to the process's stdin."""
@@ -250,7 +310,7 @@ class DialSession(_Opened):
 
     async def write(self, data: bytes) -> None:
         """Send octets, waiting while the other side takes none."""
-        await self._stream.send(frames.encode_data(pb.STDIN, data))
+        await self._stream.send_stdin(data)
 
     async def write_eof(self) -> None:
         """Half-close: the other side sees end of file and may still send."""

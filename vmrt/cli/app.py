@@ -27,6 +27,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "pods": ("vmrt.cli.pods", "pods", "List pods."),
     "ps": ("vmrt.cli.containers", "ps", "List containers."),
     "exec": ("vmrt.cli.containers", "exec_", "Run a command in a running container."),
+    "attach": ("vmrt.cli.interactive", "attach", "Join a running container's input and output."),
+    "port-forward": ("vmrt.cli.interactive", "port_forward", "Reach TCP ports inside a pod from this machine."),
     "logs": ("vmrt.cli.containers", "logs", "Show a container's output."),
     "inspect": ("vmrt.cli.pods", "inspect", "Show all that is known of a pod or container, as JSON."),
     "trace": ("vmrt.cli.trace", "trace", "Show where a pod's start went, phase by phase."),

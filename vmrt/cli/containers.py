@@ -123,8 +123,8 @@ def locate(daemon: Daemon, wanted: str) -> api_pb2.Container:
     vmrt exec --time-limit 5 mypod/sidecar true
     """,
 )
-@click.option("-i", "--stdin", "want_stdin", is_flag=True, help="Not yet: comes with the streaming server.")
-@click.option("-t", "--tty", "want_tty", is_flag=True, help="Not yet: comes with the streaming server.")
+@click.option("-i", "--stdin", "want_stdin", is_flag=True, help="Give the command our stdin.")
+@click.option("-t", "--tty", "want_tty", is_flag=True, help="Give the command a terminal.")
 @click.option(
     "--time-limit",
     type=Seconds(),
@@ -143,16 +143,21 @@ def exec_(
     container: str,
     command: tuple[str, ...],
 ) -> None:
-    """Run a command in a running container, and show what it wrote once it has ended.
+    """Run a command in a running container.
 
     The command runs without a shell, with the container's user, environment and working directory. Its exit status
-    becomes that of vmrt; 125 means that vmrt itself failed. At most 16 MiB of each output are kept.
+    becomes that of vmrt; 125 means that vmrt itself failed. With -i or -t its output arrives as it is written, and it
+    is killed when vmrt ends first; without, it is shown once the command has ended, at most 16 MiB of each stream.
     """
     from vmrt.cli.client import Daemon
     from vmrt.proto.runtime.v1 import api_pb2
 
     if want_stdin or want_tty:
-        raise click.UsageError("exec -i and -t come with the streaming server; until then commands get no input.")
+        if time_limit is not None:
+            raise click.UsageError("--time-limit does not go with -i and -t.")
+        from vmrt.cli.interactive import exec_interactively
+
+        raise SystemExit(exec_interactively(options, container, command, stdin=want_stdin, tty=want_tty))
     with own_failure(), Daemon(options) as daemon:
         target = locate(daemon, container)
         limit = 0 if time_limit is None else max(1, round(time_limit))

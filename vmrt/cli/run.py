@@ -232,8 +232,8 @@ def container_config(wish: Wish, image_id: str) -> api_pb2.ContainerConfig:
 @click.option("--rm/--keep", "remove", default=True, help="Remove the pod when the container has ended (default).")
 @click.option("-d", "--detach", is_flag=True, help="Print the pod's id and leave it running; implies --keep.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-@click.option("-i", "--stdin", "want_stdin", is_flag=True, help="Not yet: comes with the streaming server.")
-@click.option("-t", "--tty", "want_tty", is_flag=True, help="Not yet: comes with the streaming server.")
+@click.option("-i", "--stdin", "want_stdin", is_flag=True, help="Not yet: use run -d, then exec -i.")
+@click.option("-t", "--tty", "want_tty", is_flag=True, help="Not yet: use run -d, then exec -t.")
 @click.argument("image", shell_complete=image_names)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[COMMAND [ARG]...]")
 @click.pass_obj
@@ -267,7 +267,7 @@ def run(
     the same one.
     """
     if want_stdin or want_tty:
-        raise click.UsageError("run -i and -t come with the streaming server; until then containers get no input.")
+        raise click.UsageError("run -i and -t are not there yet: use run -d, then exec -it.")
     uid = str(uuid.uuid4())
     wish = Wish(
         image=image,

@@ -14,6 +14,7 @@ from vmrt.model import ContainerSpec, LinuxResources, SandboxSpec
 from vmrt.pods.lifecycle import Event
 from vmrt.pods.records import ContainerRecord, SandboxRecord
 from vmrt.pods.stats import Figures
+from vmrt.streaming.targets import Request
 
 
 class ExecResult(Protocol):
@@ -44,6 +45,14 @@ class RuntimeStatus(Protocol):
     def network_message(self) -> str: ...  # noqa: D102
     @property
     def info(self) -> Mapping[str, str]: ...  # noqa: D102
+
+
+class StreamUrls(Protocol):
+    """The streaming server."""
+
+    def url(self, request: Request) -> str:
+        """Return a URL that serves this request once, within a minute. Raises `ExhaustedError`."""
+        ...
 
 
 class Pods(Protocol):

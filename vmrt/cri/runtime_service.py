@@ -15,11 +15,14 @@ from typing import Any
 import vmrt
 from vmrt.cri import fields, filters, specs, statuses
 from vmrt.cri.interceptor import unimplemented
-from vmrt.cri.ports import Pods
+from vmrt.cri.ports import Pods, StreamUrls
 from vmrt.cri.stats_service import StatsCalls
-from vmrt.errors import NotFoundError
+from vmrt.errors import FailedPreconditionError, NotFoundError
+from vmrt.pods.records import SandboxState
+from vmrt.pods.streams import require_running
 from vmrt.proto.runtime.v1 import api_pb2 as cri
 from vmrt.proto.runtime.v1 import api_pb2_grpc as cri_grpc
+from vmrt.streaming.targets import AttachRequest, ExecRequest, PortForwardRequest
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +49,9 @@ def fit_output(stdout: bytes, stderr: bytes, limit: int = _OUTPUT_LIMIT_BYTES) -
 class RuntimeService(StatsCalls, cri_grpc.RuntimeServiceServicer):
     """`handlers` are the names of the configured RuntimeClass handlers."""
 
-    def __init__(self, pods: Pods, handlers: Sequence[str]) -> None:
+    def __init__(self, pods: Pods, handlers: Sequence[str], streams: StreamUrls) -> None:
         self._pods = pods
+        self._streams = streams
         self._handlers = tuple(handlers)
         self._features = statuses.Features()
         self._driver = cgroup_driver()
@@ -177,11 +181,36 @@ class RuntimeService(StatsCalls, cri_grpc.RuntimeServiceServicer):
         await self._pods.reopen_log(self._container_id(request.container_id))
         return cri.ReopenContainerLogResponse()
 
+    # --- streaming: a URL for the client to connect to ---
+
+    async def Exec(self, request: cri.ExecRequest, context: Any) -> cri.ExecResponse:
+        """Prepare a session of one more process; whether the container has the command is seen when it begins."""
+        container_id = self._running(request.container_id, "exec")
+        _check_streams(request)
+        args = specs.command(request.cmd, "cmd")
+        wanted = ExecRequest(container_id, args, request.stdin, request.stdout, request.stderr, request.tty)
+        return cri.ExecResponse(url=self._streams.url(wanted))
+
+    async def Attach(self, request: cri.AttachRequest, context: Any) -> cri.AttachResponse:
+        """Prepare a session on a container's main process."""
+        container_id = self._running(request.container_id, "attach")
+        _check_streams(request)
+        wanted = AttachRequest(container_id, request.stdin, request.stdout, request.stderr, request.tty)
+        return cri.AttachResponse(url=self._streams.url(wanted))
+
+    async def PortForward(self, request: cri.PortForwardRequest, context: Any) -> cri.PortForwardResponse:
+        """Prepare a session to the pod's loopback; clients of today name the port when they connect."""
+        record = self._pods.sandbox(_id(request.pod_sandbox_id, "pod_sandbox_id"))
+        if record.state is not SandboxState.READY:
+            raise FailedPreconditionError(
+                f"the sandbox is {record.state.value}, port-forward needs a ready one", resource=f"sandbox {record.id}"
+            )
+        fields.few(request.port, "port", 128)
+        ports = tuple(fields.number(port, f"port[{i}]", 1, 65535) for i, port in enumerate(request.port))
+        return cri.PortForwardResponse(url=self._streams.url(PortForwardRequest(record.id, ports)))
+
     # --- to come; clients know to fall back, or to say so, on UNIMPLEMENTED ---
 
-    Exec = unimplemented("Exec")
-    Attach = unimplemented("Attach")
-    PortForward = unimplemented("PortForward")
     CheckpointContainer = unimplemented("CheckpointContainer")
 
     def _sandbox_id(self, value: str) -> str:
@@ -189,6 +218,19 @@ class RuntimeService(StatsCalls, cri_grpc.RuntimeServiceServicer):
 
     def _container_id(self, value: str) -> str:
         return self._pods.container(_id(value, "container_id")).id
+
+    def _running(self, value: str, verb: str) -> str:
+        record = self._pods.container(_id(value, "container_id"))
+        require_running(record.state, record.id, verb)
+        return record.id
+
+
+def _check_streams(request: cri.ExecRequest | cri.AttachRequest) -> None:
+    """Hold a request to what api.proto says: something must be streamed, and a terminal has one output."""
+    if not (request.stdin or request.stdout or request.stderr):
+        fields.refuse("stdin, stdout and stderr", "are all false: one of them is needed")
+    if request.tty and request.stderr:
+        fields.refuse("tty", "and stderr are both true: a terminal's output is all stdout")
 
 
 def _id(value: str, path: str) -> str:

@@ -19,7 +19,7 @@ from vmrt.config import SOCKET_PATH_LIMIT, Config
 from vmrt.cri.control_service import ControlService
 from vmrt.cri.image_service import ImageService
 from vmrt.cri.interceptor import OutcomeInterceptor
-from vmrt.cri.ports import Pods
+from vmrt.cri.ports import Pods, StreamUrls
 from vmrt.cri.runtime_service import REPLY_LIMIT_BYTES, RuntimeService
 from vmrt.errors import AlreadyExistsError, ConfigError
 from vmrt.pods.drivers import ImageStore
@@ -38,7 +38,7 @@ _PROBE_TIMEOUT_S = 2.0
 class CriServer:
     """One server: `open` once, `close` once."""
 
-    def __init__(self, config: Config, pods: Pods, images: ImageStore) -> None:
+    def __init__(self, config: Config, pods: Pods, images: ImageStore, streams: StreamUrls) -> None:
         self._socket = config.socket_path
         self._ours: tuple[int, int] | None = None
         self._server = grpc.aio.server(
@@ -48,7 +48,8 @@ class CriServer:
                 ("grpc.max_send_message_length", REPLY_LIMIT_BYTES),
             ),
         )
-        cri_grpc.add_RuntimeServiceServicer_to_server(RuntimeService(pods, tuple(config.handlers)), self._server)
+        runtime = RuntimeService(pods, tuple(config.handlers), streams)
+        cri_grpc.add_RuntimeServiceServicer_to_server(runtime, self._server)
         cri_grpc.add_ImageServiceServicer_to_server(ImageService(images), self._server)
         control_grpc.add_ControlServicer_to_server(ControlService(pods, images), self._server)
 

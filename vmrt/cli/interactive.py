@@ -1,0 +1,147 @@
+"""The commands over the streaming server: `attach`, `port-forward`, and `exec` with -i or -t."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import click
+
+from vmrt.cli.app import Options, own_failure
+from vmrt.cli.command import Command
+from vmrt.cli.complete import container_names
+
+DETACH_KEYS = "ctrl-p,ctrl-q"
+
+
+def _check_terminal(stdin: bool, tty: bool) -> None:
+    if stdin and tty and not os.isatty(0):
+        raise click.UsageError("-t with -i needs a terminal on stdin: leave -t out for a pipe or file.")
+
+
+def exec_interactively(options: Options, container: str, command: Sequence[str], *, stdin: bool, tty: bool) -> int:
+    """Run a command with our stdio and return its exit code."""
+    from vmrt.cli.client import Daemon
+    from vmrt.cli.containers import locate
+    from vmrt.cli.streams import Wanted, process
+    from vmrt.proto.runtime.v1 import api_pb2
+
+    _check_terminal(stdin, tty)
+    with own_failure():
+        with Daemon(options) as daemon:
+            request = api_pb2.ExecRequest(
+                container_id=locate(daemon, container).id,
+                cmd=command,
+                stdin=stdin,
+                stdout=True,
+                stderr=not tty,
+                tty=tty,
+            )
+            url = daemon.call(daemon.runtime.Exec, request).url
+        return process(url, Wanted(stdin, tty))
+
+
+@click.command(
+    cls=Command,
+    examples="""
+    vmrt attach web                        its output from now on
+    vmrt attach -i shell < script.sh
+    vmrt attach -it shell                  Ctrl-P Ctrl-Q leaves it running
+    """,
+)
+@click.option(
+    "-i", "--stdin", "want_stdin", is_flag=True, help="Give the container our stdin, if it was made with one."
+)
+@click.option("-t", "--tty", "want_tty", is_flag=True, help="The container has a terminal: make ours a raw one.")
+@click.option(
+    "--detach-keys",
+    default=DETACH_KEYS,
+    show_default=True,
+    metavar="KEYS",
+    help='With -it, what to type to leave the container running; "" for nothing.',
+)
+@click.argument("container", shell_complete=container_names)
+@click.pass_obj
+def attach(options: Options, want_stdin: bool, want_tty: bool, detach_keys: str, container: str) -> None:
+    """Show a running container's output from now on, and give it our input.
+
+    Ends with the container. Ctrl-C ends vmrt, and leaves the container running, unless -it makes it a key like others.
+    """
+    from vmrt.cli.client import Daemon
+    from vmrt.cli.containers import locate
+    from vmrt.cli.streams import Detached, Wanted, detach_sequence, process
+    from vmrt.proto.runtime.v1 import api_pb2
+
+    _check_terminal(want_stdin, want_tty)
+    try:
+        keys = detach_sequence(detach_keys) if want_stdin and want_tty else b""
+    except ValueError as e:
+        raise click.BadParameter(f"{e} is no key: as in ctrl-p,ctrl-q or ctrl-],x", param_hint="--detach-keys") from e
+    with own_failure():
+        with Daemon(options) as daemon:
+            request = api_pb2.AttachRequest(
+                container_id=locate(daemon, container).id,
+                stdin=want_stdin,
+                stdout=True,
+                stderr=not want_tty,
+                tty=want_tty,
+            )
+            url = daemon.call(daemon.runtime.Attach, request).url
+        try:
+            status = process(url, Wanted(want_stdin, want_tty, keys))
+        except Detached:
+            click.echo("\r\nvmrt: detached", err=True)
+            status = 0
+    raise SystemExit(status)
+
+
+class PortPair(click.ParamType[tuple[int, int]]):
+    """`REMOTE`, `LOCAL:REMOTE` or `:REMOTE`."""
+
+    name = "ports"
+
+    def convert(
+        self, value: str | tuple[int, int], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Parse a pair; local 0 is any free port."""
+        if isinstance(value, tuple):
+            return value
+        local, colon, remote = value.rpartition(":")
+        texts = (local or "0", remote) if colon else (remote, remote)
+        if not all(text.isascii() and text.isdigit() and int(text) < 65536 for text in texts) or not int(texts[1]):
+            self.fail(f"{value!r} is not PORT, LOCAL:PORT or :PORT.", param, ctx)
+        return int(texts[0]), int(texts[1])
+
+
+@click.command(
+    "port-forward",
+    cls=Command,
+    examples="""
+    vmrt port-forward web 8080:80 &  curl http://127.0.0.1:8080/
+    vmrt port-forward db :5432             on any free port, which is printed
+    """,
+)
+@click.option("--address", default="127.0.0.1", show_default=True, metavar="IP", help="Where to listen.")
+@click.argument("pod")
+@click.argument("ports", nargs=-1, required=True, type=PortPair(), metavar="[LOCAL:]PORT...")
+@click.pass_obj
+def port_forward(options: Options, address: str, pod: str, ports: tuple[tuple[int, int], ...]) -> None:
+    """Make TCP ports of a pod's own loopback reachable on this machine, until Ctrl-C.
+
+    A server that listens on 127.0.0.1 only, inside the pod, is reached too.
+    """
+    import asyncio
+
+    from vmrt.cli.client import Daemon, pods_of
+    from vmrt.cli.lookup import find_pod
+    from vmrt.cli.streams import forward_ports
+    from vmrt.proto.runtime.v1 import api_pb2
+
+    with Daemon(options) as daemon:
+        target = find_pod(pods_of(daemon), pod)
+        request = api_pb2.PortForwardRequest(pod_sandbox_id=target.id)
+        url = daemon.call(daemon.runtime.PortForward, request).url
+    try:
+        asyncio.run(forward_ports(url, address, ports, click.echo))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,146 @@
+"""A session's byte streams, whatever carries them, and the connection below.
+
+Rules: a stream buffers at most `INBOX_BYTES` that its consumer has not taken; then the connection is not read any more,
+and the kernel's flow control holds the client back. What is written waits for the socket in the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from typing import Protocol
+
+INBOX_BYTES = 256 * 1024
+_READ = 65536
+
+
+class PeerGoneError(Exception):
+    """The client's connection, or this stream of it, has ended."""
+
+
+class Transport(Protocol):
+    """An ordered byte stream to the client: a socket, or a WebSocket that carries SPDY."""
+
+    async def read(self) -> bytes:
+        """Return the next octets, nothing at the end. Never raises but for cancellation."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Send all octets. Raises `PeerGoneError`."""
+        ...
+
+    async def close(self) -> None:
+        """Close it, waiting for nothing that depends on the client for long."""
+        ...
+
+
+class SocketTransport:
+    """A TCP or TLS connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._first = b""
+
+    def give_back(self, data: bytes) -> None:
+        """Have the next `read` return these octets, which were read too far."""
+        self._first = data
+
+    async def read(self) -> bytes:
+        """Return the next octets."""
+        if self._first:
+            data, self._first = self._first, b""
+            return data
+        try:
+            return await self._reader.read(_READ)
+        except OSError:
+            return b""
+
+    async def write(self, data: bytes) -> None:
+        """Send all octets."""
+        if self._writer.is_closing():
+            raise PeerGoneError("the connection is closed")
+        try:
+            self._writer.write(data)
+            await self._writer.drain()
+        except OSError as e:
+            raise PeerGoneError(str(e)) from e
+
+    async def close(self) -> None:
+        """Close the connection; what a client does not take in time is dropped."""
+        self._writer.close()
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._writer.wait_closed()
+        self._writer.transport.abort()
+
+
+class Inbox:
+    """Octets on their way from the connection's reader to the stream's consumer."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[bytes] = deque()
+        self._size = 0
+        self._ended = False
+        self._reset = False
+        self._discarding = False
+        self._changed = asyncio.Condition()
+
+    async def put(self, data: bytes, *, fin: bool = False) -> None:
+        """Add octets, waiting while too many are there."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._size < INBOX_BYTES or self._discarding)
+            if data and not self._discarding and not self._ended:
+                self._pieces.append(data)
+                self._size += len(data)
+            self._ended = self._ended or fin
+            self._changed.notify_all()
+
+    async def get(self) -> bytes:
+        """Return the next octets, nothing at the end. Raises `PeerGoneError` when the stream was reset."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._pieces or self._ended or self._reset)
+            if self._reset:
+                raise PeerGoneError("the stream was reset")
+            if not self._pieces:
+                return b""
+            data = self._pieces.popleft()
+            self._size -= len(data)
+            self._changed.notify_all()
+            return data
+
+    async def end(self, *, reset: bool = False) -> None:
+        """Tell the consumer that no more comes; a reset before the end of file takes away even what is here."""
+        async with self._changed:
+            self._reset = self._reset or (reset and not self._ended)
+            self._ended = True
+            self._changed.notify_all()
+
+    async def discard(self) -> None:
+        """Throw away what is here and what comes: nobody will take it."""
+        async with self._changed:
+            self._discarding = True
+            self._pieces.clear()
+            self._size = 0
+            self._changed.notify_all()
+
+
+class Stream(Protocol):
+    """One stream of a session, both ways."""
+
+    async def read(self) -> bytes:
+        """Return the next octets, nothing at the client's end of file. Raises `PeerGoneError` when reset or lost."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Send octets, waiting while the client takes none. Raises `PeerGoneError`."""
+        ...
+
+    async def close(self) -> None:
+        """Say that no more is sent. Harmless when the stream or the connection has gone."""
+        ...
+
+    async def reset(self) -> None:
+        """End both directions at once. Harmless when the stream or the connection has gone."""
+        ...
