@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.errors import VmGoneError, VmrtError
-from vmrt.pods import container_create, scratch
+from vmrt.pods import container_create, scratch, volumes
 from vmrt.pods.container_events import exited, finish, watch
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
 from vmrt.pods.release import release, remove_state
@@ -208,6 +208,10 @@ async def sweep(table: PodTable) -> None:
         if sandbox_id not in table.sandboxes:
             log.warning("removing the network of sandbox %s, which has no record", sandbox_id[:13])
             await _try(table.network.teardown(sandbox_id))
+    for sandbox_id in volumes.sandbox_ids(table.config.root):
+        if sandbox_id not in table.sandboxes:
+            log.warning("removing the share of sandbox %s, which has no record", sandbox_id[:13])
+            await _try(asyncio.to_thread(volumes.remove, table.config.root, sandbox_id))
     for directory in (table.config.root / "pods").glob("*"):
         if directory.name not in table.sandboxes:
             remove_state(table, directory.name)

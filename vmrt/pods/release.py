@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from vmrt.errors import VmrtError
-from vmrt.pods import scratch
+from vmrt.pods import scratch, volumes
 from vmrt.pods.records import ContainerRecord, SandboxRecord
 from vmrt.pods.table import PodTable
 
@@ -31,12 +31,13 @@ def position_file(table: PodTable, record: ContainerRecord) -> Path:
 
 
 async def release(table: PodTable, record: SandboxRecord) -> None:
-    """Remove the VM, the network and the scratch disk of a sandbox; raise the first error after all were tried."""
+    """Remove the VM, the network, scratch disk and share of a sandbox; raise the first error after all were tried."""
 
     async def vm_then_tap() -> None:
         await table.hypervisor.destroy(record.vm_id)
-        # Only now: QEMU holds the scratch file, and the tap unless it has moved into the netns.
+        # Only now: QEMU holds the scratch file, and the tap unless it has moved into the netns; virtiofsd the share.
         await asyncio.to_thread(scratch.remove, table.config.root, record.vm_id)
+        await asyncio.to_thread(volumes.remove, table.config.root, record.id)
         if record.tap:
             await table.network.delete_tap(record.tap)
 

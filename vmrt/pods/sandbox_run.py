@@ -15,7 +15,7 @@ from vmrt.agent import agent_pb2 as pb
 from vmrt.agent_client import AgentClient
 from vmrt.errors import DeadlineError, UnavailableError, VmError, VmGoneError, VmrtError
 from vmrt.model import Disk, DnsConfig, PodNetwork, SandboxSpec, VmSpec
-from vmrt.pods import resolv, scratch, sizing
+from vmrt.pods import resolv, scratch, sizing, volumes
 from vmrt.pods.container_events import watch
 from vmrt.pods.records import SandboxRecord, SandboxState
 from vmrt.pods.release import release, remove_state, state_dir
@@ -114,7 +114,9 @@ async def _configure(table: PodTable, live: LiveSandbox, network: PodNetwork) ->
     """Make the booted guest this pod's guest. When it does not answer, the error carries its console."""
     try:
         agent = await connect(table, live)
-        await agent.configure_sandbox(configure_request(live.record, network), timeout_s=CONFIGURE_TIMEOUT_S)
+        await agent.configure_sandbox(
+            configure_request(live.record, network, share=table.config.hypervisor.share), timeout_s=CONFIGURE_TIMEOUT_S
+        )
     except (UnavailableError, DeadlineError) as e:
         # What a dying guest wrote last is still on its way to us.
         await asyncio.sleep(_CONSOLE_SETTLE_S)
@@ -134,7 +136,10 @@ async def _vm_and_network(table: PodTable, live: LiveSandbox, vm: VmSpec, phases
             disk = await scratch.make(table.config.root, vm.vm_id, config.scratch_bytes, config.qemu_user)
             await table.network.create_tap(vm.tap)
         with phases.phase("boot"):
-            await table.hypervisor.boot(replace(vm, disks=(Disk(scratch.SERIAL, disk, readonly=False),)))
+            # For every pod: what volumes its containers will have is known only after it runs.
+            share = volumes.make(table.config.root, live.id) if config.share else None
+            disks = (Disk(scratch.SERIAL, disk, readonly=False),)
+            await table.hypervisor.boot(replace(vm, disks=disks, share_dir=share))
 
     async def network() -> PodNetwork:
         with phases.phase("network"):
@@ -196,7 +201,7 @@ def hostname_of(spec: SandboxSpec) -> str:
     return spec.hostname or spec.name[:63].rstrip("-.") or "pod"
 
 
-def configure_request(record: SandboxRecord, network: PodNetwork) -> pb.ConfigureSandboxRequest:
+def configure_request(record: SandboxRecord, network: PodNetwork, *, share: bool) -> pb.ConfigureSandboxRequest:
     """Return the one call that makes a booted guest this pod's guest."""
     spec = record.spec
     hostname = hostname_of(spec)
@@ -229,4 +234,5 @@ def configure_request(record: SandboxRecord, network: PodNetwork) -> pb.Configur
         entropy=secrets.token_bytes(64),
         machine_id=record.id[:32],
         shared_pid_namespace=True,
+        share=share,
     )
