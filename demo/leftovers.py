@@ -111,7 +111,7 @@ def _loops(root: str) -> Iterator[str]:
 
 def _files(root: Path) -> Iterator[str]:
     """Network namespaces, address leases, CNI results, scratch disks and VM directories below the root."""
-    for pattern in ("netns/*", "cni/**/*", "scratch/*.img", "vms/*", "pods/*"):
+    for pattern in ("netns/*", "cni/**/*", "scratch/*.img", "vms/*", "pods/*", "share/*"):
         for path in root.glob(pattern):
             # host-local keeps its lock and the last address it gave; leases are files named after addresses.
             if (path.is_file() and path.name in ("lock",)) or path.name.startswith("last_reserved_ip"):

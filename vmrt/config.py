@@ -44,6 +44,8 @@ class HypervisorConfig:
     vsock: typing.Literal["auto", "kernel", "vhost-user"] = "auto"
     vhost_device_vsock: Path = Path("/usr/local/bin/vhost-device-vsock")
     virtiofsd: str = ""
+    # One virtiofsd for every pod, for its volumes; false saves the process and refuses config.mounts.
+    share: bool = True
     qemu_user: str = "vmrt-qemu"
     qemu_group: str = "vmrt-qemu"
     qemu_binary: Path = Path("/usr/bin/qemu-system-x86_64")

@@ -399,11 +399,6 @@ def test_deprecated_seccomp_spelling(old: str, kind: ProfileType | None) -> None
             InvalidArgumentError,
         ),
         (
-            lambda c: c.mounts.add(container_path="/x", host_path="/y", recursive_read_only=True, readonly=True),
-            "config.mounts[0].recursive_read_only is set, which vmrt",
-            UnsupportedError,
-        ),
-        (
             lambda c: c.mounts.add(container_path="/x", image=cri.ImageSpec(image="i")),
             "config.mounts[0].image is set",
             UnsupportedError,

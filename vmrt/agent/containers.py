@@ -170,6 +170,8 @@ class Containers:
         rootfs.mount_overlay(self._layers, serials, root, undo, deadline, container.writable)
         for storage in request.storages:
             rootfs.mount_storage(storage, f"{container.directory}/storage", self._layers, undo, deadline)
+        # crun's binds have the kernel mount the volumes below the share on the way; that goes with the container.
+        undo.callback(rootfs.unmount_below, f"{layout.SHARE}/{container.id}")
         self._look_into(container, request, wanted, root)
         container.spec = spec.complete(
             wanted,

@@ -250,7 +250,6 @@ def _mount(mount: cri.Mount, path: str) -> Mount:
             refuse(f"{path}.recursive_read_only", "is set without readonly")
         if propagation is not Propagation.PRIVATE:
             refuse(f"{path}.recursive_read_only", "is set, with propagation not being PROPAGATION_PRIVATE")
-        unsupported(f"{path}.recursive_read_only", "is set, which vmrt does not do yet")
     if propagation is Propagation.BIDIRECTIONAL:
         unsupported(
             f"{path}.propagation",
@@ -264,6 +263,7 @@ def _mount(mount: cri.Mount, path: str) -> Mount:
         readonly=mount.readonly,
         selinux_relabel=mount.selinux_relabel,
         propagation=propagation,
+        recursive_read_only=mount.recursive_read_only,
     )
 
 

@@ -43,7 +43,7 @@ class Features:
 
     supplemental_groups_policy: bool = True
     user_namespaces_host_network: bool = False
-    handler_recursive_read_only_mounts: bool = False
+    handler_recursive_read_only_mounts: bool = True
     handler_user_namespaces: bool = False
 
 

@@ -40,7 +40,12 @@ def is_rust(help_text: str) -> bool:
 
 
 def command(binary: Path, share: Path, fd: int, *, rust: bool) -> tuple[str, ...]:
-    """Return the command line. Submounts are announced: two file systems may use one inode number."""
+    """Return the command line. Submounts are announced: two file systems may use one inode number.
+
+    The guest asks for a name anew each time (timeout=0), so what the host renames is seen at once; contents stay cached
+    while size and times stay. The Rust program has no such option: names are up to 1 s old there; its --cache=never
+    would cost shared mmap. Nobody in the guest can make a device node that the host would honour.
+    """
     if rust:
         return (
             str(binary),
@@ -50,8 +55,11 @@ def command(binary: Path, share: Path, fd: int, *, rust: bool) -> tuple[str, ...
             "--announce-submounts",
             "--xattr",
             "--cache=auto",
+            "--modcaps=-mknod",
         )
-    options = f"source={share},sandbox=namespace,announce_submounts,xattr,cache=auto,log_level=err"
+    options = (
+        f"source={share},sandbox=namespace,announce_submounts,xattr,cache=auto,timeout=0,modcaps=-mknod,log_level=err"
+    )
     return (str(binary), "-f", f"--fd={fd}", "-o", options)
 
 

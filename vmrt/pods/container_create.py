@@ -18,7 +18,6 @@ from vmrt.errors import (
     IllegalTransitionError,
     NotFoundError,
     UnavailableError,
-    UnsupportedError,
     VmGoneError,
     VmrtError,
 )
@@ -31,7 +30,7 @@ from vmrt.model import (
     ProfileType,
     SupplementalGroupsPolicy,
 )
-from vmrt.pods import oci, seccomp
+from vmrt.pods import oci, seccomp, volumes
 from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import finish
 from vmrt.pods.log_pump import LogPump
@@ -59,11 +58,6 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
     image = table.images.get(spec.image)
     if image is None:
         raise NotFoundError(f"the image {spec.image!r} is not on this node", hint="pull or load it first")
-    if spec.mounts:
-        raise UnsupportedError(
-            f"config.mounts[0]: host path {spec.mounts[0].host_path!r}: volumes are not supported by this version",
-            resource=f"container {spec.name}",
-        )
     container_id = secrets.token_hex(32)
     live = table.add_container(
         ContainerRecord(
@@ -83,7 +77,11 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
     async with live.lock:
         try:
             table.images.retain(image.id, container_id)
-            request = _request(table, sandbox, live.record, image)
+            # Not to be cancelled half-way: the undo would run beside it.
+            bound = await uncancelled(
+                asyncio.to_thread(volumes.bind, table.config.root, sandbox.record.vm_id, container_id, spec.mounts)
+            )
+            request = _request(table, sandbox, live.record, image, bound)
             agent = sandbox.need_agent()
             await attach_layers(table, sandbox, image.layers)
             # A cancelled call goes on in the guest: were its end not awaited, the undo could overtake it.
@@ -123,6 +121,9 @@ async def undo_create(table: PodTable, sandbox: LiveSandbox | None, live: LiveCo
             await again(lambda: agent.remove_container(live.id))
     if live.pump is not None:
         await live.pump.stop()
+    owner = table.sandboxes.get(live.record.sandbox_id)
+    if owner is not None:
+        await asyncio.to_thread(volumes.unbind, table.config.root, owner.record.vm_id, live.id)
     position_file(table, live.record).unlink(missing_ok=True)
     table.images.release(live.id)
     table.forget_container(live)
@@ -173,7 +174,9 @@ def _log_path(directory: str, path: str) -> str:
     return str(Path(directory) / path) if directory and path else ""
 
 
-def _request(table: PodTable, sandbox: LiveSandbox, record: ContainerRecord, image: Image) -> pb.CreateContainerRequest:
+def _request(
+    table: PodTable, sandbox: LiveSandbox, record: ContainerRecord, image: Image, bound: tuple[oci.BoundMount, ...]
+) -> pb.CreateContainerRequest:
     spec = record.spec
     security = spec.security
     profile = None
@@ -181,7 +184,12 @@ def _request(table: PodTable, sandbox: LiveSandbox, record: ContainerRecord, ima
         release = table.guest(table.handler(sandbox.record.spec.runtime_handler)[0]).kernel_release
         profile = seccomp.resolve(seccomp.read(security.seccomp), oci.capabilities(spec), release)
     config = oci.build(
-        sandbox.record.spec, spec, image.config, hostname=hostname_of(sandbox.record.spec), seccomp=profile
+        sandbox.record.spec,
+        spec,
+        image.config,
+        hostname=hostname_of(sandbox.record.spec),
+        mounts=bound,
+        seccomp=profile,
     )
     user = pb.User(
         username=security.run_as_username,

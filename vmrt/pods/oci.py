@@ -50,6 +50,8 @@ class BoundMount:
 
     mount: Mount
     guest_source: str
+    # False for a read-only volume whose submounts stay writable: the host alone enforces it then.
+    guest_readonly: bool = True
 
 
 def command(spec: ContainerSpec, image: ImageConfig) -> tuple[str, ...]:
@@ -191,7 +193,8 @@ def _file_mounts(spec: ContainerSpec, covered: set[str]) -> list[dict[str, Any]]
 def _volume_mount(bound: BoundMount) -> dict[str, Any]:
     mount = bound.mount
     options = ["rbind", "rslave" if mount.propagation is Propagation.HOST_TO_CONTAINER else "rprivate"]
-    options.append(("rro" if mount.recursive_read_only else "ro") if mount.readonly else "rw")
+    # Not "rro": a submount appears in the guest when it is first walked to, with its parent's flag.
+    options.append("ro" if mount.readonly and bound.guest_readonly else "rw")
     return {"destination": mount.container_path, "type": "bind", "source": bound.guest_source, "options": options}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from vmrt.agent_client import AgentClient
 from vmrt.config import Config
 from vmrt.model import Disk, VmSpec
-from vmrt.pods import scratch
+from vmrt.pods import scratch, volumes
 from vmrt.pods.drivers import Connection, Hypervisor, Network
 
 Timer = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -33,20 +33,23 @@ def device_mac() -> str:
 
 
 async def make(config: Config, hypervisor: Hypervisor, network: Network, vm: VmSpec, phase: Timer) -> None:
-    """Make scratch disk and tap, boot the VM; return when its agent is ready. After a failure call `unmake`."""
+    """Make scratch disk, tap and share, boot the VM; return when its agent is ready. After a failure call `unmake`."""
     with phase("disk and tap"):
         settings = config.hypervisor
         disk = await scratch.make(config.root, vm.vm_id, settings.scratch_bytes, settings.qemu_user)
         await network.create_tap(vm.tap)
+        # For every VM: what volumes its containers will have is known only after the pod runs.
+        share = await asyncio.to_thread(volumes.make, config.root, vm.vm_id) if settings.share else None
     with phase("boot"):
-        await hypervisor.boot(replace(vm, disks=(Disk(scratch.SERIAL, disk, readonly=False),)))
+        await hypervisor.boot(replace(vm, disks=(Disk(scratch.SERIAL, disk, readonly=False),), share_dir=share))
 
 
 async def unmake(root: Path, hypervisor: Hypervisor, network: Network, vm_id: str, tap: str) -> None:
-    """Remove VM, scratch disk and tap; idempotent, and complete whatever had been made."""
+    """Remove VM, scratch disk, share and tap; idempotent, and complete whatever had been made."""
     await hypervisor.destroy(vm_id)
-    # Only now: QEMU holds the scratch file, and the tap unless it has moved into a pod's netns.
+    # Only now: QEMU holds the scratch file, and the tap unless it has moved into a pod's netns; virtiofsd the share.
     await asyncio.to_thread(scratch.remove, root, vm_id)
+    await asyncio.to_thread(volumes.remove, root, vm_id)
     if tap:
         await network.delete_tap(tap)
 

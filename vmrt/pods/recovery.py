@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.errors import VmGoneError, VmrtError
-from vmrt.pods import container_create, scratch
+from vmrt.pods import container_create, scratch, volumes
 from vmrt.pods.container_events import exited, finish, watch
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
 from vmrt.pods.release import release, remove_state
@@ -209,6 +209,10 @@ async def sweep(table: PodTable) -> None:
         if sandbox_id not in table.sandboxes:
             log.warning("removing the network of sandbox %s, which has no record", sandbox_id[:13])
             await _try(table.network.teardown(sandbox_id))
+    for vm_id in volumes.vm_ids(table.config.root):
+        if table.sandbox_of_vm(vm_id) is None and vm_id not in {*table.pool.vm_ids(), *table.hypervisor.list()}:
+            log.warning("removing the share of VM %s, which belongs to no sandbox", vm_id)
+            await _try(asyncio.to_thread(volumes.remove, table.config.root, vm_id))
     for directory in (table.config.root / "pods").glob("*"):
         if directory.name not in table.sandboxes:
             remove_state(table, directory.name)

@@ -134,7 +134,7 @@ async def _configure(table: PodTable, live: LiveSandbox, network: PodNetwork, ph
             if live.agent is None:
                 # Not checked first: the ready notice has named the protocol.
                 live.agent = pod_vm.agent_of(table.hypervisor, live.record.vm_id)
-            request = configure_request(live.record, network)
+            request = configure_request(live.record, network, share=table.config.hypervisor.share)
             await live.agent.configure_sandbox(request, timeout_s=CONFIGURE_TIMEOUT_S)
     except (UnavailableError, DeadlineError) as e:
         # What a dying guest wrote last is still on its way to us.
@@ -205,7 +205,7 @@ def hostname_of(spec: SandboxSpec) -> str:
     return spec.hostname or spec.name[:63].rstrip("-.") or "pod"
 
 
-def configure_request(record: SandboxRecord, network: PodNetwork) -> pb.ConfigureSandboxRequest:
+def configure_request(record: SandboxRecord, network: PodNetwork, *, share: bool) -> pb.ConfigureSandboxRequest:
     """Return the one call that makes a booted guest this pod's guest."""
     spec = record.spec
     hostname = hostname_of(spec)
@@ -238,4 +238,5 @@ def configure_request(record: SandboxRecord, network: PodNetwork) -> pb.Configur
         entropy=secrets.token_bytes(64),
         machine_id=record.id[:32],
         shared_pid_namespace=True,
+        share=share,
     )

@@ -1,0 +1,162 @@
+"""A pod's share, without mounting anything: refusals, and that clean-up never reaches a volume's content."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from vmrt.errors import FailedPreconditionError, InvalidArgumentError, UnsupportedError, VmrtError
+from vmrt.model import Mount, Propagation
+from vmrt.pods import mount_tree, oci, volumes
+
+SANDBOX, CONTAINER = "5" * 64, "c" * 64
+
+
+@pytest.fixture
+def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A share whose root mount is there as far as `volumes` can see; binding is recorded, not done."""
+    files = volumes.directory(tmp_path, SANDBOX) / "files"
+    files.mkdir(parents=True)
+    guest = volumes.served(tmp_path, SANDBOX)
+    guest.symlink_to(files)  # what the bind mount does: both names show the same mount points
+    monkeypatch.setattr(mount_tree, "below", lambda path: [str(path)])
+    monkeypatch.setattr(mount_tree, "clone", os.dup)
+    monkeypatch.setattr(mount_tree, "change", lambda fd, **wanted: None)
+    monkeypatch.setattr(mount_tree, "attach", lambda tree, target: None)
+    return tmp_path
+
+
+def refused(root: Path, mount: Mount) -> VmrtError:
+    with pytest.raises(VmrtError) as caught:
+        volumes.bind(root, SANDBOX, CONTAINER, (mount,))
+    assert "config.mounts[0]" in str(caught.value)
+    return caught.value
+
+
+def test_directories_and_files_get_mount_points_of_their_kind(share: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    mounts = (Mount("/a", str(tmp_path)), Mount("/b", str(tmp_path / "link"), readonly=True))
+    bound = volumes.bind(share, SANDBOX, CONTAINER, mounts)
+    assert [(b.mount, b.guest_source) for b in bound] == [
+        (mounts[0], f"/run/vmrt/share/{CONTAINER}/0"),
+        (mounts[1], f"/run/vmrt/share/{CONTAINER}/1"),
+    ]
+    points = volumes.directory(share, SANDBOX) / "files" / CONTAINER
+    assert (points / "0").is_dir()
+    assert (points / "1").is_file()
+
+
+def test_what_is_neither_file_nor_directory_is_refused(share: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        cases = (("fifo", UnsupportedError, "FIFO"), ("s", UnsupportedError, "socket"))
+        for index, (name, kind, words) in enumerate(cases):
+            with pytest.raises(kind, match=words):
+                volumes.bind(share, SANDBOX, f"{index}" * 64, (Mount("/x", str(tmp_path / name)),))
+    assert isinstance(refused(share, Mount("/x", "/dev/null")), UnsupportedError)
+
+
+def test_a_missing_path_is_an_error_and_is_not_created(share: Path, tmp_path: Path) -> None:
+    assert isinstance(refused(share, Mount("/x", str(tmp_path / "none"))), InvalidArgumentError)
+    assert not (tmp_path / "none").exists()
+
+
+def test_bidirectional_propagation_is_refused(share: Path, tmp_path: Path) -> None:
+    assert isinstance(
+        refused(share, Mount("/x", str(tmp_path), propagation=Propagation.BIDIRECTIONAL)), UnsupportedError
+    )
+
+
+def test_the_number_of_mounts_is_bounded(share: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="257 entries"):
+        volumes.bind(share, SANDBOX, CONTAINER, [Mount(f"/{n}", str(tmp_path)) for n in range(257)])
+
+
+def test_submounts_are_bounded_and_decide_who_holds_read_only(
+    share: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mount_tree, "below", lambda path: [str(path), f"{path}/sub"])
+    plain = Mount("/x", str(tmp_path), readonly=True)
+    deep = Mount("/y", str(tmp_path), readonly=True, recursive_read_only=True)
+    bound = volumes.bind(share, SANDBOX, CONTAINER, (plain, deep))
+    assert [b.guest_readonly for b in bound] == [False, True]
+    many = [str(volumes.served(share, SANDBOX))] * (volumes.MAX_SUBMOUNTS + 2)
+    monkeypatch.setattr(mount_tree, "below", lambda path: many)
+    with pytest.raises(InvalidArgumentError, match="4097 mounts below it"):
+        volumes.bind(share, SANDBOX, "d" * 64, (plain,))
+
+
+@pytest.mark.parametrize("step", ["clone", "change", "attach"])
+def test_a_mount_that_fails_is_told_by_field_and_undone(
+    share: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(12, "Cannot allocate memory", step)
+
+    open_before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    monkeypatch.setattr(mount_tree, step, fail)
+    error = refused(share, Mount("/x", str(tmp_path)))
+    assert f"{step}: Cannot allocate memory" in str(error)
+    monkeypatch.setattr(mount_tree, "below", lambda path: [])
+    volumes.unbind(share, SANDBOX, CONTAINER)
+    assert list((volumes.directory(share, SANDBOX) / "files").iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == open_before  # noqa: PTH208
+
+
+def test_a_sandbox_without_a_share_takes_no_mounts(tmp_path: Path) -> None:
+    assert volumes.bind(tmp_path, SANDBOX, CONTAINER, ()) == ()
+    with pytest.raises(FailedPreconditionError, match="no file share"):
+        volumes.bind(tmp_path, SANDBOX, CONTAINER, (Mount("/x", "/"),))
+
+
+def test_removal_deletes_mount_points_and_never_what_is_in_them(tmp_path: Path) -> None:
+    files = volumes.directory(tmp_path, SANDBOX) / "files"
+    (files / CONTAINER / "0").mkdir(parents=True)
+    (files / CONTAINER / "1").touch()
+    kept = files / CONTAINER / "0" / "somebody's data"
+    kept.touch()
+    volumes.served(tmp_path, SANDBOX).mkdir()
+    assert volumes.vm_ids(tmp_path) == [SANDBOX]
+    with pytest.raises(VmrtError, match="not empty"):
+        volumes.remove(tmp_path, SANDBOX)
+    assert kept.exists()
+    kept.unlink()
+    for _ in range(2):
+        volumes.remove(tmp_path, SANDBOX)
+    assert volumes.vm_ids(tmp_path) == []
+    volumes.unbind(tmp_path, SANDBOX, CONTAINER)
+
+
+def test_mounts_that_stay_keep_the_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volumes.directory(tmp_path, SANDBOX).mkdir(parents=True)
+    tried: list[str] = []
+    monkeypatch.setattr(mount_tree, "below", lambda path: [str(path), f"{path}/deep"])
+    monkeypatch.setattr(mount_tree, "detach", tried.append)
+    with pytest.raises(VmrtError, match="2 mounts could not be unmounted"):
+        volumes.remove(tmp_path, SANDBOX)
+    share = str(volumes.directory(tmp_path, SANDBOX))
+    assert tried[:2] == [f"{share}/deep", share]
+    assert volumes.vm_ids(tmp_path) == [SANDBOX]
+
+
+def test_mount_points_are_found_whatever_their_names() -> None:
+    assert "/proc" in mount_tree.below(Path("/proc"))
+    assert mount_tree._unescape("/a\\040b\\011\\012c\\134d") == "/a b\t\nc\\d"
+
+
+def test_guest_options_follow_who_holds_read_only() -> None:
+    def options(**fields: object) -> list[str]:
+        readonly = bool(fields.pop("guest_readonly", True))
+        mount = Mount("/x", "/y", **fields)  # type: ignore[arg-type]
+        done: list[str] = oci._volume_mount(oci.BoundMount(mount, "/z", readonly))["options"]
+        return done
+
+    assert options() == ["rbind", "rprivate", "rw"]
+    assert options(readonly=True) == ["rbind", "rprivate", "ro"]
+    assert options(readonly=True, guest_readonly=False) == ["rbind", "rprivate", "rw"]
+    assert options(propagation=Propagation.HOST_TO_CONTAINER) == ["rbind", "rslave", "rw"]
