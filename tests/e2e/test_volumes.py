@@ -239,7 +239,9 @@ def test_a_hostile_guest_stays_in_its_volumes(privileged: Pod, tmp_path: Path) -
     # A set-user-ID file is the host's as the guest made it; on the host the share ignores the bit.
     sh(pod, container, "cp /bin/busybox /v/suid; chmod 4755 /v/suid")
     share_mounts = [
-        line for line in Path("/proc/self/mountinfo").read_text().splitlines() if f"/share/{pod.id}/guest" in line
+        line
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if f"{pod.daemon.root}/share/" in line and "/guest" in line
     ]
     assert share_mounts
     assert all({"nosuid", "nodev"} <= set(line.split()[5].split(",")) for line in share_mounts)
