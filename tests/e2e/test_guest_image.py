@@ -21,6 +21,7 @@ from vmrt import guest_image
 from vmrt.errors import VmrtError
 from vmrt.guest_image import manifest, rootfs, tuned
 from vmrt.guest_image.builder import agent_files, default_cache
+from vmrt.guest_image.initramfs import AGENT_ARGV
 from vmrt.model import GuestImage
 
 AGENT = Path(rootfs.__file__).parents[1] / "agent"
@@ -280,7 +281,7 @@ async def test_the_kernel_and_the_root_have_what_containers_need(
         "release": image.kernel_release,
         "version": image.version,
         "pid": 1,
-        "argv": ["/usr/bin/python3", "-I", "-S", "-B", "-X", "utf8", "-m", "vmrt.agent"],
+        "argv": list(AGENT_ARGV),
         "cached": True,
     }
 
