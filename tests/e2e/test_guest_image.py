@@ -162,7 +162,7 @@ def qemu(image: GuestImage, directory: Path, *, serial: str = "vmrt-root") -> It
     with scratch.open("wb") as file:
         file.truncate(16 << 20)
     subprocess.run(["/sbin/mkfs.ext4", "-q", scratch], check=True)
-    initramfs = [] if image.initramfs is None else ["-initrd", image.initramfs]
+    initramfs: list[str | Path] = [] if image.initramfs is None else ["-initrd", image.initramfs]
     argv: list[str | Path] = [
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-machine", "q35,accel=tcg", "-cpu", "max", "-smp", "1", "-m", "256M",
