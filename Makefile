@@ -7,13 +7,16 @@ E2E_OPTIONS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup stubs demo test check lint types unit contract e2e interop bench format clean
+.PHONY: help setup guest-tuned stubs demo test check lint types unit contract e2e interop bench format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z0-9]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: ## install what is missing: Debian packages, .venv, stubs, vsock device, guest image
 	@setup/setup.sh
+
+guest-tuned: setup ## compile the tuned guest kernel (minutes, once); later guest images take it
+	@setup/setup.sh tuned
 
 stubs: ## generate the protobuf modules only
 	@setup/setup.sh stubs

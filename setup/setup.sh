@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes a checkout ready to use: what `make setup` runs.
 #
-#   setup/setup.sh [STEP...]      steps, in order: packages venv stubs user vsock guest; none named means all
+#   setup/setup.sh [STEP...]      steps, in order: packages venv stubs user vsock guest; none named means these;
+#                                 tuned compiles the tuned guest kernel and builds the guest image with it
 #
 # Every step looks first whether there is anything to do, so that repeating it is quick and harmless. What a step's
 # tools print goes to .cache/setup.log and, shortened to one moving line on a terminal, to stdout. A step that cannot
@@ -10,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly ALL_STEPS="packages venv stubs user vsock guest"
+readonly ASKED_STEPS="tuned"                                     # only when named
 readonly LOG=.cache/setup.log
 readonly VENV=.venv
 readonly GUEST=.cache/guest
@@ -277,6 +279,17 @@ step_guest() {
     ok "guest image ($(readlink -f "$GUEST"), version $(readlink "$GUEST/current"))"
 }
 
+# Not part of a plain set-up: it takes some minutes, 150 MB of download and packages that nothing else needs.
+step_tuned() {
+    local build=("$VENV/bin/python" -m vmrt guest build --output "$GUEST" --kernel tuned)
+    local packages=(bc bison flex libelf-dev xz-utils)
+    install_packages "${packages[@]}"
+    apt-cache show linux-source >/dev/null 2>&1 || update_package_lists
+    say "guest image: with the tuned kernel"
+    work "building the guest image" "to see it alone, run ${build[*]}" "${build[@]}"
+    ok "guest image ($(readlink -f "$GUEST"), version $(readlink "$GUEST/current"), tuned kernel)"
+}
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 # After `sudo make` the checkout's owner can still clean it and run `make check`.
@@ -294,7 +307,10 @@ finish() {
 main() {
     local step steps=${*:-$ALL_STEPS}
     for step in $steps; do
-        case " $ALL_STEPS " in *" $step "*) ;; *) die "there is no step $step: choose of $ALL_STEPS" ;; esac
+        case " $ALL_STEPS $ASKED_STEPS " in
+        *" $step "*) ;;
+        *) die "there is no step $step: choose of $ALL_STEPS $ASKED_STEPS" ;;
+        esac
     done
     check_machine
     mkdir -p .cache

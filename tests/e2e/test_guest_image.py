@@ -19,8 +19,9 @@ import pytest
 
 from vmrt import guest_image
 from vmrt.errors import VmrtError
-from vmrt.guest_image import manifest, rootfs
+from vmrt.guest_image import manifest, rootfs, tuned
 from vmrt.guest_image.builder import agent_files, default_cache
+from vmrt.guest_image.initramfs import AGENT_ARGV
 from vmrt.model import GuestImage
 
 AGENT = Path(rootfs.__file__).parents[1] / "agent"
@@ -161,12 +162,12 @@ def qemu(image: GuestImage, directory: Path, *, serial: str = "vmrt-root") -> It
     with scratch.open("wb") as file:
         file.truncate(16 << 20)
     subprocess.run(["/sbin/mkfs.ext4", "-q", scratch], check=True)
-    assert image.initramfs is not None
+    initramfs: list[str | Path] = [] if image.initramfs is None else ["-initrd", image.initramfs]
     argv: list[str | Path] = [
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-machine", "q35,accel=tcg", "-cpu", "max", "-smp", "1", "-m", "256M",
         "-bios", "/usr/share/qemu/qboot.rom",
-        "-kernel", image.kernel, "-initrd", image.initramfs, "-append", image.cmdline,
+        "-kernel", image.kernel, *initramfs, "-append", image.cmdline,
         "-serial", "stdio",
         "-drive", f"id=root,if=none,format=raw,readonly=on,file={image.rootfs}",
         "-device", f"virtio-blk-pci,drive=root,serial={serial}",
@@ -220,7 +221,7 @@ async def test_the_same_input_gives_the_same_octets(tmp_path: Path, monkeypatch:
 async def test_what_changed_is_built_and_what_runs_is_kept(tmp_path: Path) -> None:
     output = tmp_path / "image"
     said: list[str] = []
-    first = await guest_image.build(output, agent=with_probe())
+    first = await guest_image.build(output, agent=with_probe(), kernel_choice="distribution")
     stamp = first.rootfs.stat().st_mtime_ns
     assert (await guest_image.build(output, agent=with_probe(), progress=lambda what, *_: said.append(what))) == first
     assert said == [f"guest image {first.version} is up to date"]
@@ -252,12 +253,16 @@ async def test_what_changed_is_built_and_what_runs_is_kept(tmp_path: Path) -> No
     assert guest_image.prune(output) == [first.version]
 
 
+@pytest.mark.parametrize("kernel", ["distribution", "tuned"])
 @pytest.mark.parametrize("filesystem", ["erofs", "squashfs"])
 async def test_the_kernel_and_the_root_have_what_containers_need(
-    tmp_path: Path, filesystem: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, filesystem: str, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if kernel == "tuned" and not tuned.any_built(default_cache()):
+        pytest.skip("the tuned kernel was not compiled here: `make guest-tuned`")
     monkeypatch.setattr(rootfs, "choose_filesystem", lambda: filesystem)
-    image = await guest_image.build(tmp_path / "image", agent=with_probe())
+    image = await guest_image.build(tmp_path / "image", agent=with_probe(), kernel_choice=kernel)
+    assert image.kernel_release.endswith(tuned.LOCAL_VERSION) is (image.initramfs is None) is (kernel == "tuned")
     with qemu(image, tmp_path) as console:
         assert "PROBE" in console, console[-3000:]
     seen = json.loads(console.partition("PROBE")[2].partition("END")[0])
@@ -276,13 +281,13 @@ async def test_the_kernel_and_the_root_have_what_containers_need(
         "release": image.kernel_release,
         "version": image.version,
         "pid": 1,
-        "argv": ["/usr/bin/python3", "-I", "-S", "-B", "-X", "utf8", "-m", "vmrt.agent"],
+        "argv": list(AGENT_ARGV),
         "cached": True,
     }
 
 
 async def test_a_boot_without_its_root_disk_says_so_and_ends(tmp_path: Path) -> None:
-    image = await guest_image.build(tmp_path / "image", agent=with_probe())
+    image = await guest_image.build(tmp_path / "image", agent=with_probe(), kernel_choice="distribution")
     with qemu(image, tmp_path, serial="another") as console:
         assert "vmrt-init: no virtio-blk disk has the serial vmrt-root: errno 2" in console, console[-3000:]
         assert "Kernel panic" in console

@@ -60,7 +60,7 @@ def test_a_missing_program_is_named(tmp_path: Path) -> None:
     parts = [package(tmp_path / "p", {"bin/busybox": b"#!", "usr/bin/crun": b"#!"})]
     (tmp_path / "tree").mkdir()
     with pytest.raises(VmrtError, match="no package holds usr/bin/kmod"):
-        rootfs.assemble_base(tmp_path / "tree", parts, tmp_path, "6.1", {}, tmp_path)
+        rootfs.assemble_base(tmp_path / "tree", parts, tmp_path)
 
 
 def test_a_missing_library_is_named_with_who_needs_it(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_missing_library_is_named_with_who_needs_it(tmp_path: Path) -> None:
     (tmp_path / "site/google/protobuf").mkdir(parents=True)
     (tmp_path / "tree").mkdir()
     with pytest.raises(VmrtError, match=r"needs lib\w+\.so\.\d+, which no package holds"):
-        rootfs.assemble_base(tmp_path / "tree", parts, tmp_path, "6.1", {}, tmp_path / "site")
+        rootfs.assemble_base(tmp_path / "tree", parts, tmp_path / "site")
 
 
 def test_modes_do_not_depend_on_the_umask(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""PID 1 of the guest: `python3 -I -S -B -m vmrt.agent`.
+"""PID 1 of the guest: `python3 -I -S -B -c ...` (vmrt/guest_image/initramfs.py).
 
 Order: listen, so that the host's first connection is taken at the earliest moment; then the mounts, in a thread; then
 the ready notice. The main thread is the reaper. An error that the agent cannot live with goes to the console with its

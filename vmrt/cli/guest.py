@@ -36,12 +36,21 @@ def _default_directory() -> Path:
     examples="""
     vmrt guest build
     vmrt guest build --output ./guest --json
+    vmrt guest build --kernel tuned
     """,
 )
 @click.option("--output", type=click.Path(path_type=Path, file_okay=False), help="Image directory [<root>/guest].")
 @click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where fetched packages are kept.")
+@click.option(
+    "--kernel",
+    "kernel_choice",
+    type=click.Choice(("auto", "tuned", "distribution")),
+    default="auto",
+    show_default=True,
+    help="tuned is compiled where it is missing; auto takes it where it was compiled.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the image as JSON.")
-def build(output: Path | None, cache: Path | None, as_json: bool) -> None:
+def build(output: Path | None, cache: Path | None, kernel_choice: str, as_json: bool) -> None:
     """Build the guest image from the distribution's packages; at once where nothing has changed.
 
     Needs no root. The new version becomes current atomically: VMs and daemons that run keep theirs.
@@ -51,7 +60,8 @@ def build(output: Path | None, cache: Path | None, as_json: bool) -> None:
 
     output = (output or _default_directory()).absolute()
     with Reporter("guest image", quiet=as_json) as reporter:
-        image = asyncio.run(guest_image.build(output, progress=reporter.update, cache=cache))
+        work = guest_image.build(output, progress=reporter.update, cache=cache, kernel_choice=kernel_choice)
+        image = asyncio.run(work)
     if as_json:
         emit_json(_fields(image))
     else:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vmrt.agent import layout
 from vmrt.errors import NotFoundError, UnsupportedError, VmrtError
-from vmrt.guest_image import bindings, initramfs, kernel, manifest, modules, rootfs
+from vmrt.guest_image import bindings, initramfs, kernel, manifest, modules, rootfs, tuned
 from vmrt.guest_image.packages import Package, PackageCache, Progress, staged_directory
 from vmrt.model import GuestImage
 
@@ -34,6 +34,9 @@ _BUILD_PREFIX = ".build-"
 REQUIRED = Path(__file__).parents[2] / "firmware" / "kernel.required"
 _AGENT = Path(__file__).parents[1] / "agent"
 _ROOM = Path(__file__).parent
+
+# Which kernel to take: "auto" is the tuned one where the cache has it, else the distribution's.
+KERNELS = ("auto", "tuned", "distribution")
 
 # What the image needs of its kernel command line (kernel, Documentation/admin-guide/kernel-parameters.txt).
 CMDLINE = " ".join(
@@ -50,21 +53,35 @@ CMDLINE = " ".join(
 )
 
 
+def cmdline(filesystem: str, *, is_tuned: bool) -> str:
+    """Return the kernel command line of an image; the tuned kernel mounts the root and starts init itself."""
+    if not is_tuned:
+        return CMDLINE
+    # The machine has one virtio-blk disk; layers and scratch disk are SCSI (vmrt/hypervisor/domain.py).
+    return f"{CMDLINE} root=/dev/vda rootfstype={filesystem} ro init=/{initramfs.ROOT_INIT}"
+
+
 @dataclass(frozen=True, slots=True)
 class _Inputs:
     packages: tuple[Package, ...]
     kernel_package: Package
+    recipe: tuned.Recipe | None
     filesystem: str
     tool: str
     init: bytes
     agent: Mapping[str, bytes]
     protobuf: Path
 
+    def needed(self) -> tuple[Package, ...]:
+        """Return the packages that the image is made of: a tuned kernel has no need of the distribution's."""
+        return tuple(p for p in self.packages if self.recipe is None or p != self.kernel_package)
+
     def base(self) -> dict[str, object]:
         """Return what the base tree is made of."""
         site = self.protobuf / "google"
         return {
-            "packages": [asdict(package) for package in self.packages],
+            "packages": [asdict(package) for package in self.needed()],
+            "kernel": "distribution" if self.recipe is None else "tuned",
             "builder": _digest_files(_ROOM, sorted(_ROOM.glob("*.py"))),
             "protobuf": _digest_files(site, sorted(p for p in site.rglob("*") if p.suffix in (".py", ".so"))),
         }
@@ -78,14 +95,15 @@ class _Inputs:
             "required": hashlib.sha256(REQUIRED.read_bytes()).hexdigest(),
             "filesystem": self.filesystem,
             "mkfs": self.tool,
+            **({} if self.recipe is None else {"tuned": self.recipe.inputs()}),
         }
 
 
 @dataclass(frozen=True, slots=True)
 class _Kernel:
-    """The unpacked kernel package, its release, and its modules' dependencies."""
+    """A kernel package's files or a tuned kernel, its release, and its modules' dependencies (none: no modules)."""
 
-    package: Path
+    source: Path | tuned.Built
     release: str
     dep: Mapping[str, tuple[str, ...]]
 
@@ -103,11 +121,13 @@ async def build(
     progress: Progress | None = None,
     cache: Path | None = None,
     agent: Mapping[str, bytes] | None = None,
+    kernel_choice: str = "auto",
 ) -> GuestImage:
     """Bring the image in `output` up to date and return it; at once where nothing has changed.
 
     `progress` is told each step. `agent` replaces the agent's files (path below site -> content), for tests of the boot
-    alone. Raises `VmrtError`; a failed or cancelled build leaves `current` as it was.
+    alone. `kernel_choice` is one of KERNELS; "tuned" compiles the kernel where the cache lacks it. Raises `VmrtError`;
+    a failed or cancelled build leaves `current` as it was.
     """
     if platform.machine() != "x86_64":
         raise UnsupportedError(f"guest images are built on x86_64 only, this is {platform.machine()}", phase=PHASE)
@@ -115,7 +135,7 @@ async def build(
     try:
         with _locked(cache, progress or _silent), _locked(output, progress or _silent):
             await asyncio.to_thread(_sweep, cache, output)
-            job = await _Job.prepare(output, cache, progress or _silent, agent)
+            job = await _Job.prepare(output, cache, progress or _silent, agent, kernel_choice)
             return await job.run()
     except OSError as e:
         raise VmrtError(
@@ -137,10 +157,12 @@ class _Job:
     progress: Progress
 
     @classmethod
-    async def prepare(cls, output: Path, cache: Path, progress: Progress, agent: Mapping[str, bytes] | None) -> _Job:
+    async def prepare(
+        cls, output: Path, cache: Path, progress: Progress, agent: Mapping[str, bytes] | None, kernel_choice: str
+    ) -> _Job:
         """Learn what the image has to be made of."""
         store = PackageCache(cache)
-        return cls(output, cache, store, await _inputs(store, progress, agent), progress)
+        return cls(output, cache, store, await _inputs(store, progress, agent, kernel_choice), progress)
 
     def say(self, what: str) -> None:
         self.progress(what, 0, 0)
@@ -172,19 +194,30 @@ class _Job:
 
     async def _make(self, work: Path, version: str) -> None:
         """Fill `work` with the image's files and the manifest."""
-        await self.store.fetch(self.inputs.packages, self.progress)
+        await self.store.fetch(self.inputs.needed(), self.progress)
+        chosen = await self._kernel()
+        base = await self._base_tree(chosen)
+        root = work / f"root.{self.inputs.filesystem}"
+        archive = None
+        if isinstance(chosen.source, Path):
+            archive = work / INITRAMFS_FILE
+            await asyncio.to_thread(self._extract_kernel, chosen.source, chosen, work / KERNEL_FILE, archive)
+        else:
+            await asyncio.to_thread(shutil.copyfile, chosen.source.elf, work / KERNEL_FILE)
+        await self._write_root(base, version, root)
+        await asyncio.to_thread(self._write_manifest, work, version, chosen.release, archive, root)
+
+    async def _kernel(self) -> _Kernel:
+        if self.inputs.recipe is not None:
+            built = await tuned.compile_kernel(self.store, self.inputs.recipe, self.progress)
+            kernel.check_config(built.config, REQUIRED)
+            return _Kernel(built, built.release, {})
         package = await self.store.unpack(self.inputs.kernel_package)
         release = _kernel_release(package)
         kernel.check_config(package / "boot" / f"config-{release}", REQUIRED)
-        unpacked = _Kernel(package, release, await modules.depmod_dry(package, release))
-        base = await self._base_tree(unpacked)
+        return _Kernel(package, release, await modules.depmod_dry(package, release))
 
-        names = (KERNEL_FILE, INITRAMFS_FILE, f"root.{self.inputs.filesystem}")
-        await asyncio.to_thread(self._write_kernel, unpacked, work / names[0], work / names[1])
-        await self._write_root(base, version, work / names[2])
-        await asyncio.to_thread(self._write_manifest, work, version, release, names)
-
-    async def _base_tree(self, unpacked: _Kernel) -> Path:
+    async def _base_tree(self, chosen: _Kernel) -> Path:
         """Return the tree without the agent, made unless the cache has it."""
         target = self.cache / "base" / _version(self.inputs.base())
         if target.is_dir():
@@ -198,23 +231,22 @@ class _Job:
                 rootfs.assemble_base,
                 work,
                 parts,
-                unpacked.package,
-                unpacked.release,
-                unpacked.dep,
                 self.inputs.protobuf,
             )
-            await modules.depmod(work, unpacked.release)
+            if isinstance(chosen.source, Path):
+                await asyncio.to_thread(rootfs.add_modules, work, chosen.source, chosen.release, chosen.dep)
+                await modules.depmod(work, chosen.release)
             self.say("compiling the standard library")
             await rootfs.compile_bytecode(work, rootfs.PYTHON)
         return target
 
-    def _write_kernel(self, unpacked: _Kernel, elf: Path, archive: Path) -> None:
-        bzimage = unpacked.package / "boot" / f"vmlinuz-{unpacked.release}"
+    def _extract_kernel(self, package: Path, chosen: _Kernel, elf: Path, archive: Path) -> None:
+        bzimage = package / "boot" / f"vmlinuz-{chosen.release}"
         elf.write_bytes(kernel.vmlinux(bzimage.read_bytes(), name=bzimage.name))
         filesystem = self.inputs.filesystem
         early = modules.EARLY if filesystem == "erofs" else (filesystem, *modules.EARLY)
-        directory = unpacked.package / "lib/modules" / unpacked.release
-        files = [directory / path for path in modules.in_load_order(early, unpacked.dep)]
+        directory = package / "lib/modules" / chosen.release
+        files = [directory / path for path in modules.in_load_order(early, chosen.dep)]
         archive.write_bytes(initramfs.build(self.inputs.init, files, filesystem))
 
     async def _write_root(self, base: Path, version: str, image: Path) -> None:
@@ -223,23 +255,24 @@ class _Job:
         try:
             await asyncio.to_thread(shutil.copytree, base, tree, symlinks=True)
             await asyncio.to_thread(rootfs.add_agent, tree, self.inputs.agent, version)
+            if self.inputs.recipe is not None:
+                await asyncio.to_thread(initramfs.add_to_root, tree, self.inputs.init)
             await rootfs.compile_bytecode(tree, rootfs.PYTHON / "vmrt")
             await rootfs.check_imports(tree, [name for path in self.inputs.agent if (name := _importable(path))])
             await rootfs.make_image(tree, image, self.inputs.filesystem)
         finally:
             await asyncio.to_thread(shutil.rmtree, tree, ignore_errors=True)
 
-    def _write_manifest(self, work: Path, version: str, release: str, names: tuple[str, str, str]) -> None:
-        files = [manifest.describe(work / name) for name in names]
+    def _write_manifest(self, work: Path, version: str, release: str, archive: Path | None, root: Path) -> None:
         document = manifest.Manifest(
             version=version,
             protocol=layout.PROTOCOL_VERSION,
             kernel_release=release,
-            cmdline=CMDLINE,
+            cmdline=cmdline(self.inputs.filesystem, is_tuned=self.inputs.recipe is not None),
             filesystem=self.inputs.filesystem,
-            kernel=files[0],
-            initramfs=files[1],
-            rootfs=files[2],
+            kernel=manifest.describe(work / KERNEL_FILE),
+            initramfs=None if archive is None else manifest.describe(archive),
+            rootfs=manifest.describe(root),
             inputs=self.inputs.all(),
         )
         (work / manifest.FILE).write_text(manifest.dumps(document))
@@ -247,7 +280,9 @@ class _Job:
             path.chmod(0o644)  # whatever the umask: QEMU's user reads them
 
 
-async def _inputs(store: PackageCache, progress: Progress, agent: Mapping[str, bytes] | None) -> _Inputs:
+async def _inputs(
+    store: PackageCache, progress: Progress, agent: Mapping[str, bytes] | None, kernel_choice: str
+) -> _Inputs:
     filesystem = rootfs.choose_filesystem()
     packages, init = await asyncio.gather(
         store.resolve(KERNEL_PACKAGE, rootfs.PACKAGES, progress), initramfs.compile_init()
@@ -259,12 +294,26 @@ async def _inputs(store: PackageCache, progress: Progress, agent: Mapping[str, b
     return _Inputs(
         packages,
         kernels[0],
+        await _recipe(store, progress, kernel_choice),
         filesystem,
         _tool_version(filesystem),
         init,
         agent or agent_files(_AGENT),
         _protobuf_site(),
     )
+
+
+async def _recipe(store: PackageCache, progress: Progress, kernel_choice: str) -> tuned.Recipe | None:
+    """Return what the tuned kernel is made of, None for the distribution's."""
+    if kernel_choice not in KERNELS:
+        raise VmrtError(f"{kernel_choice} is none of {', '.join(KERNELS)}", phase=PHASE)
+    if kernel_choice == "distribution" or (kernel_choice == "auto" and not tuned.any_built(store.directory)):
+        return None
+    recipe = await tuned.recipe(store, progress)
+    if kernel_choice == "auto" and tuned.find(store.directory, recipe) is None:
+        progress("the tuned kernel in the cache is outdated (`make guest-tuned`); taking the distribution's", 0, 0)
+        return None
+    return recipe
 
 
 def agent_files(agent: Path) -> dict[str, bytes]:
@@ -330,10 +379,15 @@ def _fresh_directory(path: Path) -> None:
 
 def _sweep(cache: Path, output: Path) -> None:
     """Remove what killed builds have left; we hold both directories' locks."""
-    for directory, pattern in ((output, f"{_BUILD_PREFIX}*"), (cache, "fetch-*"), (cache, "resolve-*")):
+    for directory, pattern in (
+        (output, f"{_BUILD_PREFIX}*"),
+        (cache, "fetch-*"),
+        (cache, "resolve-*"),
+        (cache, f"{tuned.WORK_PREFIX}*"),
+    ):
         for path in directory.glob(pattern):
             shutil.rmtree(path)
-    for path in (cache / "unpacked").glob("unpack-*"):
+    for path in (*(cache / "unpacked").glob("unpack-*"), *(cache / "tuned").glob(".new-*")):
         shutil.rmtree(path)
 
 
@@ -356,4 +410,4 @@ def _silent(what: str, done: int, total: int) -> None:
     """Take progress reports that nobody wants."""
 
 
-__all__ = ["CMDLINE", "KERNEL_PACKAGE", "agent_files", "build", "default_cache"]
+__all__ = ["CMDLINE", "KERNELS", "KERNEL_PACKAGE", "agent_files", "build", "default_cache"]

@@ -3,7 +3,8 @@
  *
  * Freestanding on purpose: no libc, no shell, no fork. A shell script would cost one fork and exec per module, which is
  * most of what this phase takes when the CPU is emulated. What to do is decided when the image is built and written
- * into /plan (see vmrt/guest_image/initramfs.py), one step a line:
+ * into /plan (see vmrt/guest_image/initramfs.py), one step a line. A kernel that has its drivers built in mounts the root
+ * disk itself and starts the same program from there; its plan, which only has to name the agent, lies in /usr/lib.
  *
  *     load PATH            finit_module(2) with that file; a module that the machine has no device for is no error
  *     root SERIAL FSTYPE   mount, read-only, the virtio-blk disk with that serial, and make it the root
@@ -212,6 +213,8 @@ __attribute__((noreturn, used)) static void run(void)
     };
     i64 n = slurp("/plan", plan, sizeof plan);
 
+    if (n == -ENOENT)
+        n = slurp("/usr/lib/vmrt-plan", plan, sizeof plan);
     if (n < 0)
         die("cannot read", "/plan", n);
     for (char *line = plan; *line;) {

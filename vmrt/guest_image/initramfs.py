@@ -12,9 +12,15 @@ from vmrt.guest_image import cpio, modules
 
 PHASE = "guest image initramfs"
 ROOT_SERIAL = "vmrt-root"
+# Where the same program and its plan lie in the root image of a kernel that needs no initramfs (see init.c).
+ROOT_INIT = "usr/sbin/vmrt-init"
+ROOT_PLAN = "usr/lib/vmrt-plan"
 # -I -S: no user site, no PYTHON* variables, no site.py, whose work the image does not need and every boot would pay.
 # -B: the root is read-only. utf8: the guest has no locales.
-AGENT_ARGV: tuple[str, ...] = ("/usr/bin/python3", "-I", "-S", "-B", "-X", "utf8", "-m", "vmrt.agent")
+# -c and not -m, whose machinery (runpy, importlib.util) costs more to import than what it finds. A plan's words hold no
+# spaces, hence the expression instead of an import statement.
+_START = '__import__("vmrt.agent.__main__").agent.__main__.main()'
+AGENT_ARGV: tuple[str, ...] = ("/usr/bin/python3", "-I", "-S", "-B", "-X", "utf8", f"-c{_START}")
 
 _INIT_SOURCE = Path(__file__).with_name("init.c")
 _CFLAGS = (
@@ -41,6 +47,13 @@ def plan(module_files: Sequence[str], filesystem: str, argv: Sequence[str] = AGE
     """Return the text of /plan."""
     steps = [*(f"load /modules/{name}" for name in module_files), f"root {ROOT_SERIAL} {filesystem}"]
     return "\n".join([*steps, " ".join(("exec", *argv)), ""])
+
+
+def add_to_root(tree: Path, init: bytes, argv: Sequence[str] = AGENT_ARGV) -> None:
+    """Put init and a plan that only starts the agent into the root tree."""
+    (tree / ROOT_INIT).write_bytes(init)
+    (tree / ROOT_INIT).chmod(0o755)
+    (tree / ROOT_PLAN).write_text(" ".join(("exec", *argv)) + "\n")
 
 
 def build(init: bytes, module_files: Sequence[Path], filesystem: str, argv: Sequence[str] = AGENT_ARGV) -> bytes:

@@ -60,13 +60,17 @@ class PackageCache:
         for path in (self._debs, self._unpacked):
             path.mkdir(parents=True, exist_ok=True)
 
-    async def resolve(self, metapackage: str, names: Sequence[str], progress: Progress) -> tuple[Package, ...]:
+    async def resolve(
+        self, metapackage: str, names: Sequence[str], progress: Progress, *, record: str = _RESOLVED
+    ) -> tuple[Package, ...]:
         """Return the current versions of `names` and of what `metapackage` depends on, sorted by name.
+
+        `record` is the file of the cache that keeps the answer: each question has its own.
 
         Raises `VmrtError` when apt cannot tell and no earlier resolution of the same names is complete in the cache.
         """
         asked, state = [metapackage, *sorted(names)], await asyncio.to_thread(_apt_state)
-        if (last := self._last(asked)) is not None and last.apt_state == state:
+        if (last := self._last(asked, record)) is not None and last.apt_state == state:
             return last.packages
         try:
             depended = await self._dependencies(metapackage)
@@ -81,7 +85,7 @@ class PackageCache:
             progress("apt cannot tell the current versions; using those of the last build", 0, 0)
             return last.packages
         resolution = _Resolution(asked, state, tuple(sorted(packages, key=lambda package: package.name)))
-        _write(self.directory / _RESOLVED, json.dumps(asdict(resolution), indent=1))
+        _write(self.directory / record, json.dumps(asdict(resolution), indent=1))
         return resolution.packages
 
     async def fetch(self, packages: Sequence[Package], progress: Progress) -> None:
@@ -133,10 +137,10 @@ class PackageCache:
             output = await spawn.run(argv, cwd=Path(work), env=_environment(), phase=PHASE)
         return parse_uris(output.text())
 
-    def _last(self, asked: list[str]) -> _Resolution | None:
+    def _last(self, asked: list[str], name: str) -> _Resolution | None:
         """Return the last answer to the same question, if everything it names is in the cache."""
         try:
-            record = json.loads((self.directory / _RESOLVED).read_text())
+            record = json.loads((self.directory / name).read_text())
             packages = tuple(Package(**entry) for entry in record["packages"])
             resolution = _Resolution(record["asked"], record["apt_state"], packages)
         except (OSError, ValueError, KeyError, TypeError):

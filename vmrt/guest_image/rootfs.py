@@ -100,13 +100,11 @@ _PROTOBUF_DROPPED = frozenset(("compiler", "testdata", "util", "__pycache__"))
 _UUID = "6a4d0d6c-7c1e-4d7b-9f0e-766d72740001"
 
 
-def assemble_base(
-    tree: Path, packages: Sequence[Path], kernel: Path, release: str, dep: Mapping[str, tuple[str, ...]], protobuf: Path
-) -> None:
-    """Fill the empty directory `tree` with everything but the agent, bytecode and depmod's tables.
+def assemble_base(tree: Path, packages: Sequence[Path], protobuf: Path) -> None:
+    """Fill the empty directory `tree` with everything but the agent, kernel modules and bytecode.
 
-    `packages` are unpacked packages, `kernel` the unpacked kernel package, `dep` its modules' dependencies, `protobuf`
-    the directory that holds `google/protobuf`. Raises `VmrtError` naming a program or library that is nowhere.
+    `packages` are unpacked packages, `protobuf` the directory that holds `google/protobuf`. Raises `VmrtError` naming a
+    program or library that is nowhere.
     """
     found = _index(packages)
     for name in _DIRECTORIES:
@@ -125,7 +123,6 @@ def assemble_base(
     for path, text in _FILES.items():
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         (tree / path).write_text(text)
-    _copy_modules(kernel / "lib/modules" / release, tree / "usr/lib/modules" / release, dep)
 
 
 def add_agent(tree: Path, agent: Mapping[str, bytes], version: str) -> None:
@@ -307,7 +304,9 @@ def _needed(path: Path, name: str) -> dict[str, str]:
             raise VmrtError(str(e), phase=PHASE, resource=name) from e
 
 
-def _copy_modules(source: Path, target: Path, dep: Mapping[str, tuple[str, ...]]) -> None:
+def add_modules(tree: Path, package: Path, release: str, dep: Mapping[str, tuple[str, ...]]) -> None:
+    """Copy the modules that a guest may want from an unpacked kernel package; `dep` are their dependencies."""
+    source, target = package / "lib/modules" / release, tree / "usr/lib/modules" / release
     for path in modules.selected(modules.OPTIONAL, dep):
         _copy(source / path, target / path)
     for name in ("modules.builtin", "modules.builtin.modinfo", "modules.order"):
