@@ -19,7 +19,7 @@ from tests.contract.fake_hypervisor import FakeHypervisor, FakeVmHost
 from tests.contract.fake_network import FakeHost, FakeNetwork
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent_client import AgentClient
-from vmrt.config import Config, PoolConfig
+from vmrt.config import Config, HypervisorConfig, PoolConfig
 from vmrt.errors import FailedPreconditionError, NotFoundError, UnavailableError, VmGoneError, VmrtError
 from vmrt.model import ContainerSpec, Disk, GuestImage, Image, ImageConfig, LayerImage, PodNetwork, SandboxSpec, VmSpec
 from vmrt.pods import pod_vm, recovery, scratch
@@ -96,7 +96,7 @@ class World:
             task.cancel()
         await asyncio.sleep(0)
         # Every step is counted here: nothing may happen in the background.
-        self.config = Config(root=self.root, pool=PoolConfig(size=0))
+        self.config = Config(root=self.root, pool=PoolConfig(size=0), hypervisor=HypervisorConfig(share=False))
         self.store = FaultyStore(self)
         self.hypervisor = Hypervisor(self)
         self.network = Network(self)

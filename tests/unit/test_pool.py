@@ -65,7 +65,7 @@ class Machine:
     async def daemon(self, *, graceful: bool = True, **changes: Any) -> AsyncIterator[PodTable]:
         """Run the pods room; `graceful=False` leaves as a killed daemon does."""
         config = dataclasses.replace(
-            Config(root=self.root, hypervisor=HypervisorConfig(scratch_bytes=64 * 1024**2)), **changes
+            Config(root=self.root, hypervisor=HypervisorConfig(scratch_bytes=64 * 1024**2, share=False)), **changes
         )
         store = Store(self.root / "state.db")
         hypervisor, network = FakeHypervisor(self.vms), FakeNetwork(self.network)
