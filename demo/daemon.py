@@ -37,14 +37,16 @@ class Daemon:
         self.guest = guest
         (self.root / "net.d").mkdir()
         self.config = self.root / "config.toml"
-        self.config.write_text(self._base_settings() + settings)
+        # Cold unless a caller asks for the pool: a VM booted ahead is not what most tests are about.
+        pool = "" if "[pool]" in settings else "[pool]\nsize = 0\n"
+        self.config.write_text(self._base_settings(pool) + settings)
         self.process: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
 
-    def _base_settings(self) -> str:
+    def _base_settings(self, pool: str) -> str:
         return (
             f'root = "{self.root}"\nlisten = "unix://{self.socket}"\nguest_dir = "{self.guest}"\n'
-            f'[log]\nlevel = "debug"\n[network]\ncni_config_dir = "{self.root}/net.d"\n'
+            f'{pool}[log]\nlevel = "debug"\n[network]\ncni_config_dir = "{self.root}/net.d"\n'
         )
 
     def start(self, *, timeout_s: float = 120, environment: Mapping[str, str] | None = None) -> None:

@@ -63,8 +63,11 @@ class NetBridge:
         for directory in (self._netns_dir, self._record_dir):
             try:
                 await asyncio.to_thread(directory.mkdir, 0o711, True, True)
+                # What a daemon that was killed had written of a record and not yet named.
+                for part in directory.glob(".*.new"):
+                    part.unlink(missing_ok=True)
             except OSError as e:
-                raise NetworkError(f"cannot make {directory}: {e.strerror}", phase="network open") from e
+                raise NetworkError(f"cannot prepare {directory}: {e.strerror}", phase="network open") from e
         ready, _, message = await self.status()
         if not ready:
             log.warning("network is not ready: %s", message)

@@ -249,7 +249,8 @@ def test_stop_and_remove_a_pod_with_running_containers(daemon: Daemon, tmp_path:
     assert (ended.state, ended.exit_code) == (cri.CONTAINER_EXITED, 137)
     written = log_text(Path(ended.log_path))
     assert written.startswith("1\n2\n3\n")
-    assert written == "".join(f"{n}\n" for n in range(1, written.count("\n") + 1))
+    # The kill may cut a line, never lose or double one.
+    assert "".join(f"{n}\n" for n in range(1, 5001)).startswith(written)
     assert code_of(lambda: pod.create("true")) is grpc.StatusCode.FAILED_PRECONDITION
     for _ in range(2):
         runtime.RemovePodSandbox(cri.RemovePodSandboxRequest(pod_sandbox_id=pod.id))

@@ -8,7 +8,6 @@ starting: what cannot be settled now is tried again by the sweep.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Sequence
@@ -16,7 +15,7 @@ from dataclasses import replace
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.errors import VmGoneError, VmrtError
-from vmrt.pods import container_create, scratch, volumes
+from vmrt.pods import container_create, pod_vm, scratch, volumes
 from vmrt.pods.container_events import exited, finish, watch
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
 from vmrt.pods.release import release, remove_state
@@ -200,11 +199,10 @@ async def sweep(table: PodTable) -> None:
     for vm_id in table.hypervisor.list():
         if table.sandbox_of_vm(vm_id) is None and vm_id not in table.pool.vm_ids():
             log.warning("removing VM %s, which belongs to no sandbox", vm_id)
-            await _try(table.hypervisor.destroy(vm_id))
+            await _try(_unmake(table, vm_id))
     for vm_id in scratch.vm_ids(table.config.root):
         if table.sandbox_of_vm(vm_id) is None and vm_id not in {*table.pool.vm_ids(), *table.hypervisor.list()}:
-            with contextlib.suppress(OSError):
-                scratch.remove(table.config.root, vm_id)
+            await _try(_unmake(table, vm_id))
     for sandbox_id in table.network.list():
         if sandbox_id not in table.sandboxes:
             log.warning("removing the network of sandbox %s, which has no record", sandbox_id[:13])
@@ -218,6 +216,11 @@ async def sweep(table: PodTable) -> None:
             remove_state(table, directory.name)
     for live in list(table.sandboxes.values()):
         await _try(_again(table, live))
+
+
+async def _unmake(table: PodTable, vm_id: str) -> None:
+    # The tap too: it is made after the scratch disk and, until the pod's netns has it, nothing else would take it away.
+    await pod_vm.unmake(table.config.root, table.hypervisor, table.network, vm_id, pod_vm.tap_of(vm_id))
 
 
 async def _again(table: PodTable, live: LiveSandbox) -> None:
