@@ -32,7 +32,7 @@ class Bare:
     helper_pid: int
 
 
-def _devices(guest: GuestImage, directory: Path) -> list[str]:
+def _devices(guest: GuestImage, directory: Path, tap: str) -> list[str]:
     devices: list[dict[str, object]] = [
         {"driver": "virtio-blk-pci", "drive": "root", "serial": "vmrt-root", "addr": "0x2"},
         {"driver": "virtio-scsi-pci", "id": "scsi", "addr": "0x3"},
@@ -44,7 +44,7 @@ def _devices(guest: GuestImage, directory: Path) -> list[str]:
         "-object", "memory-backend-memfd,id=mem,size=512M,share=on",
         "-object", "rng-builtin,id=rng",
         "-drive", f"id=root,if=none,format=raw,readonly=on,file={guest.rootfs}",
-        "-netdev", f"tap,id=net,ifname=vtb{os.getpid()},script=no,downscript=no,vhost=off",
+        "-netdev", f"tap,id=net,ifname={tap},script=no,downscript=no,vhost=off",
         "-chardev", f"socket,id=vsock,path={directory}/vhost",
         "-chardev", f"file,id=console,path={directory}/console",
         "-serial", "chardev:console",
@@ -55,12 +55,14 @@ def _devices(guest: GuestImage, directory: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def bare_vm(guest: GuestImage, directory: Path, vhost_device_vsock: Path, *, kvm: bool) -> Iterator[Bare]:
+def bare_vm(guest: GuestImage, directory: Path, vhost_device_vsock: Path, *, number: int, kvm: bool) -> Iterator[Bare]:
     """Boot a bare VM in `directory` and yield it when its agent is ready; kill it at the end.
 
-    Raises `RuntimeError` with the console's end when it does not come up within a minute.
+    `number` tells those of one process apart. Raises `RuntimeError` with the console's end when it does not come up
+    within a minute.
     """
     directory.mkdir(parents=True)
+    devices = _devices(guest, directory, f"vtb{os.getpid()}x{number}")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(directory / f"vsock_{READY_PORT}"))
     listener.listen(1)
@@ -79,7 +81,7 @@ def bare_vm(guest: GuestImage, directory: Path, vhost_device_vsock: Path, *, kvm
             "-machine", f"q35,accel={'kvm' if kvm else 'tcg'},memory-backend=mem,vmport=off,hpet=off",
             "-cpu", "host" if kvm else "max,la57=off", "-smp", "1", "-m", "512M",
             "-bios", "/usr/share/qemu/qboot.rom", "-kernel", str(guest.kernel), *initramfs,
-            "-append", f"{guest.cmdline} console=ttyS0 panic=-1", *_devices(guest, directory),
+            "-append", f"{guest.cmdline} console=ttyS0 panic=-1", *devices,
         ],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip

@@ -27,7 +27,7 @@ GUEST = CHECKOUT / ".cache" / "guest"
 class Daemon:
     """One daemon process and stubs for its services. `stop` leaves pods running; `remove` deletes the root."""
 
-    def __init__(self, name: str, settings: str = "", *, guest: Path = GUEST) -> None:
+    def __init__(self, name: str, settings: str = "", *, guest: Path = GUEST, log_level: str = "debug") -> None:
         """Prepare a private root; `settings` is TOML text appended to the configuration."""
         # A short path: Unix socket addresses end at 107 octets.
         self.root = Path(tempfile.mkdtemp(prefix=f"vmrt-{name}-", dir="/var/tmp"))
@@ -39,14 +39,14 @@ class Daemon:
         self.config = self.root / "config.toml"
         # Cold unless a caller asks for the pool: a VM booted ahead is not what most tests are about.
         pool = "" if "[pool]" in settings else "[pool]\nsize = 0\n"
-        self.config.write_text(self._base_settings(pool) + settings)
+        self.config.write_text(self._base_settings(pool, log_level) + settings)
         self.process: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
 
-    def _base_settings(self, pool: str) -> str:
+    def _base_settings(self, pool: str, log_level: str) -> str:
         return (
             f'root = "{self.root}"\nlisten = "unix://{self.socket}"\nguest_dir = "{self.guest}"\n'
-            f'{pool}[log]\nlevel = "debug"\n[network]\ncni_config_dir = "{self.root}/net.d"\n'
+            f'{pool}[log]\nlevel = "{log_level}"\n[network]\ncni_config_dir = "{self.root}/net.d"\n'
         )
 
     def start(self, *, timeout_s: float = 120, environment: Mapping[str, str] | None = None) -> None:

@@ -1,0 +1,8 @@
+"""All stages, in the order in which they run. A new one is a module with a `STAGE` and a line here."""
+
+from __future__ import annotations
+
+from bench import lifecycle
+from bench.stand import Stage
+
+STAGES: tuple[Stage, ...] = (lifecycle.STAGE,)
