@@ -2,7 +2,7 @@
 
 Every error that crosses a room's door is a `VmrtError`. It carries what a person needs in order to act: the phase that
 failed, the resource it failed on, and the next thing to look at. The gRPC code sits on the class, so that one server
-interceptor (`vmrt.cri.interceptor`) maps the whole tree and no RPC handler does any mapping of its own.
+wrapper (`vmrt.cri.outcome`) maps the whole tree and no RPC handler does any mapping of its own.
 
 Foreign exceptions (libvirt, pyroute2, subprocesses, the operating system) are translated at the seam where they occur,
 with ``raise SomeError(...) from e``; nothing above the seam knows them.

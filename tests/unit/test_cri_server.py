@@ -22,7 +22,7 @@ import pytest
 import vmrt
 from vmrt.agent import agent_pb2 as pb
 from vmrt.config import Config
-from vmrt.cri import interceptor, server
+from vmrt.cri import outcome, server
 from vmrt.cri.control_service import image_events
 from vmrt.cri.ports import Pods
 from vmrt.cri.runtime_service import cgroup_driver, fit_output
@@ -69,7 +69,9 @@ class Ready:
 
 
 class FakePods(Pods):
-    """Records in dictionaries; `error` is what the next call that works raises."""
+    """Records in dictionaries, which change unseen; `error` is what the next call that works raises."""
+
+    generation = None
 
     def __init__(self) -> None:
         self.by_id: dict[str, SandboxRecord] = {}
@@ -420,7 +422,7 @@ async def test_long_console_fits_the_clients_header_limit(edge: Edge) -> None:
 
 @pytest.mark.parametrize("text", ["", "short", "%" * 9000, "ä€😀" * 4000, "\n" * 9000, "x" * 6144, "x" * 6145])
 def test_bounded_messages_keep_both_ends(text: str) -> None:
-    shortened = interceptor.bounded(text)
+    shortened = outcome.bounded(text)
     assert len(urllib.parse.quote(shortened, safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")) <= 6144
     if shortened != text:
         head, tail = shortened.split(" [...] ")
@@ -676,7 +678,7 @@ async def test_socket_path_too_long(directory: Path) -> None:
 
 def test_codes_are_those_of_grpc() -> None:
     for code in Code:
-        assert interceptor.STATUS[code].value[0] == code
+        assert outcome.STATUS[code].value[0] == code
     assert DeadlineError("x").code is Code.DEADLINE_EXCEEDED
     assert FailedPreconditionError("x").code is Code.FAILED_PRECONDITION
 

@@ -70,6 +70,11 @@ class Pods(Protocol):
         """Remove sandbox and containers by force. Idempotent."""
         ...
 
+    @property
+    def generation(self) -> int | None:
+        """A number that changes with every change of a record; None when there are records that change unseen."""
+        ...
+
     def sandbox(self, sandbox_id: str) -> SandboxRecord:
         """Find by id or unique prefix. From memory."""
         ...

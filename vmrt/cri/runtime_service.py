@@ -1,6 +1,6 @@
 """CRI's RuntimeService: each call translates, asks the pods room once, and translates back.
 
-Errors are raised as they come; `OutcomeInterceptor` maps them, those of the calls that are still to come too.
+Errors are raised as they come; `vmrt.cri.outcome` maps them, those of the calls that are still to come too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import vmrt
 from vmrt.cri import fields, filters, specs, statuses
-from vmrt.cri.interceptor import unimplemented
+from vmrt.cri.outcome import unimplemented
 from vmrt.cri.ports import Pods, StreamUrls
 from vmrt.cri.stats_service import StatsCalls
 from vmrt.errors import FailedPreconditionError, NotFoundError

@@ -11,14 +11,18 @@ import contextlib
 import logging
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import grpc
 import grpc.aio
 
 from vmrt.config import SOCKET_PATH_LIMIT, Config
+from vmrt.cri.answers import KEPT, Answers
 from vmrt.cri.control_service import ControlService
 from vmrt.cri.image_service import ImageService
-from vmrt.cri.interceptor import OutcomeInterceptor
+from vmrt.cri.outcome import with_outcome
 from vmrt.cri.ports import Pods, StreamUrls
 from vmrt.cri.runtime_service import REPLY_LIMIT_BYTES, RuntimeService
 from vmrt.errors import AlreadyExistsError, ConfigError
@@ -31,6 +35,7 @@ log = logging.getLogger(__name__)
 # At debug level grpc logs every turn of its own loop, which would bury what we log.
 logging.getLogger("grpc").setLevel(logging.INFO)
 
+_KEPT_SERVICE = "runtime.v1.RuntimeService"
 _SOCKET_MODE = 0o660
 _PROBE_TIMEOUT_S = 2.0
 
@@ -42,16 +47,16 @@ class CriServer:
         self._socket = config.socket_path
         self._ours: tuple[int, int] | None = None
         self._server = grpc.aio.server(
-            interceptors=(OutcomeInterceptor(),),
             options=(
                 ("grpc.max_receive_message_length", REPLY_LIMIT_BYTES),
                 ("grpc.max_send_message_length", REPLY_LIMIT_BYTES),
             ),
         )
         runtime = RuntimeService(pods, tuple(config.handlers), streams)
-        cri_grpc.add_RuntimeServiceServicer_to_server(runtime, self._server)
-        cri_grpc.add_ImageServiceServicer_to_server(ImageService(images), self._server)
-        control_grpc.add_ControlServicer_to_server(ControlService(pods, images), self._server)
+        wrapping: Any = _Wrapping(self._server, Answers(lambda: pods.generation))
+        cri_grpc.add_RuntimeServiceServicer_to_server(runtime, wrapping)
+        cri_grpc.add_ImageServiceServicer_to_server(ImageService(images), wrapping)
+        control_grpc.add_ControlServicer_to_server(ControlService(pods, images), wrapping)
 
     async def open(self) -> None:
         """Bind and serve.
@@ -78,6 +83,28 @@ class CriServer:
         await self._server.stop(grace_s)
         if self._ours is not None and _identity(self._socket) == self._ours:
             _remove(self._socket)
+
+
+class _Wrapping:
+    """Stands in for the server where grpc's generated code adds a service: its handlers are wrapped on their way."""
+
+    def __init__(self, server: grpc.aio.Server, answers: Answers) -> None:
+        self._server = server
+        self._answers = answers
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """Do nothing: the same handlers come to the other method, by their names."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Add a service's handlers to the server."""
+        wrapped = {
+            name: with_outcome(
+                f"/{service}/{name}",
+                self._answers.handler(name, handler) if service == _KEPT_SERVICE and name in KEPT else handler,
+            )
+            for name, handler in handlers.items()
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, wrapped),))
 
 
 async def clear_stale(socket: Path) -> None:

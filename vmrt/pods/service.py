@@ -115,6 +115,11 @@ class PodService:
             with self._verb():
                 await uncancelled(sandbox_stop.remove_sandbox(self._table, live))
 
+    @property
+    def generation(self) -> int:
+        """A number that changes with every change of a record."""
+        return self._table.generation
+
     def sandbox(self, sandbox_id: str) -> SandboxRecord:
         """Find by id or unique prefix. From memory."""
         return self._table.sandbox(sandbox_id).record

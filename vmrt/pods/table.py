@@ -105,6 +105,8 @@ class PodTable:
         self.instance = instance_tag(config.root)
         self.sandboxes: dict[str, LiveSandbox] = {}
         self.containers: dict[str, LiveContainer] = {}
+        # Counts the changes of records, so that answers made of them can be kept until the next one.
+        self.generation = 0
         self.lifecycle = lifecycle.Lifecycle()
         self._sandbox_names: dict[str, str] = {}
         self.pool = Pool(self)
@@ -181,6 +183,7 @@ class PodTable:
                 raise AlreadyExistsError(f"the sandbox name {record.key!r} is taken", resource=f"sandbox {holder}")
             self.store.put("sandbox", record.id, record)
         live = self.sandboxes[record.id] = LiveSandbox(record)
+        self.generation += 1
         if recorded and record.state is SandboxState.CREATING:
             live.undo_failed = True
         else:
@@ -198,12 +201,14 @@ class PodTable:
         self.store.put("sandbox", record.id, record)
         changes = lifecycle.sandbox_changes(live.record.state, record.state)
         live.record = record
+        self.generation += 1
         self._tell(live.id, changes, live.id)
 
     def forget_sandbox(self, live: LiveSandbox) -> None:
         """Drop a sandbox whose resources are gone."""
         self.store.delete("sandbox", live.id)
         self.sandboxes.pop(live.id, None)
+        self.generation += 1
         if self._sandbox_names.get(live.record.key) == live.id:
             del self._sandbox_names[live.record.key]
         if live.record.state is SandboxState.REMOVING:
@@ -219,6 +224,7 @@ class PodTable:
                     )
             self.store.put("container", record.id, record)
         live = self.containers[record.id] = LiveContainer(record)
+        self.generation += 1
         live.undo_failed = recorded and record.state is ContainerState.CREATING
         if record.state in (ContainerState.EXITED, ContainerState.UNKNOWN):
             live.exited.set()
@@ -229,6 +235,7 @@ class PodTable:
         self.store.put("container", record.id, record)
         changes = lifecycle.container_changes(live.record.state, record.state)
         live.record = record
+        self.generation += 1
         self._tell(live.id, changes, record.sandbox_id)
         if record.state not in (ContainerState.CREATING, ContainerState.CREATED, ContainerState.RUNNING):
             live.exited.set()
@@ -237,6 +244,7 @@ class PodTable:
         """Drop a container whose resources are gone."""
         self.store.delete("container", live.id)
         self.containers.pop(live.id, None)
+        self.generation += 1
         if live.record.state is ContainerState.REMOVING:
             self._tell(live.id, (lifecycle.Change.DELETED,), live.record.sandbox_id)
 

@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, cast
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -61,30 +61,24 @@ def unimplemented(method: str) -> Any:
     return refuse
 
 
-class OutcomeInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every call of every service."""
+def with_outcome(method: str, handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    """Return a handler with its behaviour wrapped. `method` is the full name, "/runtime.v1.RuntimeService/Version".
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Return the handler with its behaviour wrapped; grpc itself answers a method that no service has."""
-        handler: Any = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is not None and handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(
-                _unary(method, handler.unary_unary),
-                request_deserializer=handler.request_deserializer,
-                response_serializer=handler.response_serializer,
-            )
-        if handler is not None and handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(
-                _stream(method, handler.unary_stream),
-                request_deserializer=handler.request_deserializer,
-                response_serializer=handler.response_serializer,
-            )
-        return None if handler is None else cast(grpc.RpcMethodHandler[Any, Any], handler)
+    Once for each method, where an interceptor of grpc's would make a new handler for each call.
+    """
+    if handler.unary_unary:
+        return grpc.unary_unary_rpc_method_handler(
+            _unary(method, handler.unary_unary),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+    if handler.unary_stream:
+        return grpc.unary_stream_rpc_method_handler(
+            _stream(method, handler.unary_stream),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+    raise TypeError(f"{method}: calls with a stream of requests are not wrapped yet")
 
 
 def _unary(method: str, behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
