@@ -80,7 +80,9 @@ async def serve(config: Config) -> None:
                 verified.add(image.version)
             return image
 
-        for name in config.handlers:
+        # The rooms of VMs know nothing of delegates: those are the CRI edge's alone.
+        vms = config.of_vms()
+        for name in vms.handlers:
             # Hashed now, while nobody waits. An image that is missing is told by Status and by every start.
             with contextlib.suppress(VmrtError):
                 guest(name)
@@ -95,7 +97,7 @@ async def serve(config: Config) -> None:
         for driver in (hypervisor, network, images):
             stack.push_async_callback(driver.close)
             await driver.open()
-        table = PodTable(config, store, hypervisor, network, images, guest)
+        table = PodTable(vms, store, hypervisor, network, images, guest)
         pods = PodService(table)
         stack.push_async_callback(pods.close)
         await pods.open()

@@ -103,11 +103,22 @@ class StreamingConfig:
 
 @dataclass(frozen=True, slots=True)
 class HandlerConfig:
-    """One RuntimeClass handler; `guest` names a guest image directory, "" the default one."""
+    """One RuntimeClass handler: VMs of one kind, or, with an `endpoint`, a delegate (docs/delegate.md).
+
+    `guest` names a guest image directory, "" the default one.
+    """
 
     guest: str = ""
     vcpus: int = 0
     memory_bytes: int = 0
+    # unix:///PATH of another CRI runtime, which runs the pods of this handler.
+    endpoint: str = ""
+    # What that runtime calls the handler; "" is its default one.
+    delegate_handler: str = ""
+    # Pods that name no handler and share this namespace with the host come here.
+    host_network: bool = False
+    host_ipc: bool = False
+    host_pid: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +154,17 @@ class Config:
     def guest_image_dir(self) -> Path:
         """Where the default guest image is."""
         return Path(self.guest_dir) if self.guest_dir else self.root / "guest"
+
+    @property
+    def delegates(self) -> dict[str, HandlerConfig]:
+        """The handlers that other runtimes serve."""
+        return {name: handler for name, handler in self.handlers.items() if handler.endpoint}
+
+    def of_vms(self) -> Config:
+        """Return the configuration as those see it who run VMs: without the delegates."""
+        return dataclasses.replace(
+            self, handlers={name: handler for name, handler in self.handlers.items() if not handler.endpoint}
+        )
 
     def handler_guest_dir(self, handler: str) -> Path:
         """Where a handler's guest image is."""
@@ -182,6 +204,7 @@ def check(config: Config) -> Config:
         raise ConfigError(f"root must be an absolute path, not {str(config.root)!r}")
     if not config.handlers:
         raise ConfigError("handlers: at least one is needed", hint="leave the table out to get the handler 'vm'")
+    _check_delegates(config)
     h = config.hypervisor
     for name, value, least in (
         ("hypervisor.default_vcpus", h.default_vcpus, 1),
@@ -208,6 +231,32 @@ def check(config: Config) -> Config:
     if not s.tls_cert and (s.tls_key or s.client_ca):
         raise ConfigError("streaming.tls_key and streaming.client_ca need streaming.tls_cert")
     return config
+
+
+def _check_delegates(config: Config) -> None:
+    taken: dict[str, str] = {}
+    for name, handler in config.handlers.items():
+        where = f"handlers.{name}"
+        wanted = [key for key in ("host_network", "host_ipc", "host_pid") if getattr(handler, key)]
+        if not handler.endpoint:
+            for key in [*wanted, *(["delegate_handler"] if handler.delegate_handler else [])]:
+                raise ConfigError(f"{where}.{key} needs {where}.endpoint", hint="see docs/delegate.md")
+            continue
+        if not handler.endpoint.startswith("unix:///"):
+            raise ConfigError(f"{where}.endpoint must be unix:///PATH, not {handler.endpoint!r}")
+        if len(handler.endpoint.removeprefix("unix://").encode()) > SOCKET_PATH_LIMIT:
+            raise ConfigError(f"{where}.endpoint: a socket path has at most {SOCKET_PATH_LIMIT} octets")
+        if handler.endpoint == config.listen:
+            raise ConfigError(f"{where}.endpoint is vmrt's own socket", resource=handler.endpoint)
+        for key in ("guest", "vcpus", "memory_bytes"):
+            if getattr(handler, key):
+                raise ConfigError(f"{where}.{key} is for VMs, and {where}.endpoint makes it a delegate")
+        for key in wanted:
+            if key in taken:
+                raise ConfigError(f"{where}.{key} is set, and so is handlers.{taken[key]}.{key}: one takes these pods")
+            taken[key] = name
+    if config.handlers and not config.of_vms().handlers:
+        raise ConfigError("handlers: all have an endpoint, none runs VMs", hint="add an empty table [handlers.vm]")
 
 
 def longest_root_octets(hypervisor: HypervisorConfig) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Mapping
@@ -9,13 +10,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from fake_runtime import running
 
 import vmrt.cli
 from vmrt.cli import checks, facts
 from vmrt.cli.app import Options, cli
 from vmrt.cli.checks import CHECKS, Status, findings
-from vmrt.cli.facts import CniNetwork, DaemonFact, Device, Facts, GuestFact, Tool, gather, may_open
-from vmrt.config import Config, HypervisorConfig, NetworkConfig
+from vmrt.cli.facts import CniNetwork, DaemonFact, DelegateFact, Device, Facts, GuestFact, Tool, gather, may_open
+from vmrt.config import Config, HandlerConfig, HypervisorConfig, NetworkConfig
 from vmrt.errors import ConfigError
 
 GOOD = Facts(
@@ -262,3 +264,35 @@ def test_bad_configuration_is_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["doctor", "--config", str(tmp_path / "c.toml")])
     assert result.exit_code == 1
     assert "did you mean root?" in result.stderr
+
+
+async def test_delegates_are_asked(tmp_path: Path) -> None:
+    async with running(tmp_path / "d.sock") as theirs:
+        handler = HandlerConfig(endpoint=theirs.endpoint)
+        absent = HandlerConfig(endpoint=f"unix://{tmp_path}/absent.sock")
+        config = Config(handlers={"vm": HandlerConfig(), "a": handler, "b": handler, "c": absent})
+        there, gone = await asyncio.to_thread(facts._delegates, config)
+    assert (there.handlers, there.version, there.error) == (("a", "b"), "fake 1.0.0", "")
+    assert there.cgroup_driver == "systemd"
+    assert (gone.handlers, bool(gone.error)) == (("c",), True)
+
+
+@pytest.mark.parametrize(
+    ("found", "systemd", "words"),
+    [
+        (DelegateFact("unix:///d", ("runc",), "containerd 1", cgroup_driver="systemd"), True, ""),
+        (DelegateFact("unix:///d", ("runc",), "containerd 1"), False, ""),
+        (
+            DelegateFact("unix:///d", ("runc",), "containerd 1", cgroup_driver="systemd"),
+            False,
+            "kubelet is told cgroupfs",
+        ),
+        (DelegateFact("unix:///d", ("runc",), "containerd 1", not_ready="CniBroken"), True, "is not ready: CniBroken"),
+        (DelegateFact("unix:///d", ("runc",), error="no such file"), True, "unix:///d: no such file"),
+    ],
+)
+def test_delegates_are_judged(found: DelegateFact, systemd: bool, words: str) -> None:
+    finding = list(findings(replace(GOOD, delegates=(found,), systemd=systemd)))[-1]
+    assert finding.name == "delegate runc"
+    assert finding.status is (Status.WARN if words else Status.OK)
+    assert words in finding.detail

@@ -109,12 +109,31 @@ def test_options_of_the_command_line_win(tmp_path: Path) -> None:
         ("hypervisor.scratch_bytes = -1", "hypervisor.scratch_bytes"),
         ("max_container_log_line_bytes = 1", "max_container_log_line_bytes"),
         ("root = ", "config.toml"),
+        ("handlers.a.endpoint = 'unix:///a'", "none runs VMs (add an empty table [handlers.vm])"),
+        ("handlers = {vm = {}, a = {endpoint = 'tcp://a'}}", "handlers.a.endpoint must be unix:///PATH"),
+        ("handlers = {vm = {}, a = {endpoint = 'unix:///run/vmrt/vmrt.sock'}}", "is vmrt's own socket"),
+        ("handlers = {vm = {}, a = {endpoint = 'unix:///a', vcpus = 2}}", "handlers.a.vcpus is for VMs"),
+        ("handlers.vm.host_network = true", "handlers.vm.host_network needs handlers.vm.endpoint"),
+        ("handlers.vm.delegate_handler = 'x'", "handlers.vm.delegate_handler needs"),
+        (f"handlers = {{vm = {{}}, a = {{endpoint = 'unix:///{'a' * 108}'}}}}", "handlers.a.endpoint: a socket path"),
+        (
+            "handlers = {vm = {}, a = {endpoint = 'unix:///a', host_ipc = true}, "
+            "b = {endpoint = 'unix:///a', host_ipc = true}}",
+            "handlers.b.host_ipc is set, and so is handlers.a.host_ipc",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         config.load([written(tmp_path, text)])
     assert message in str(refused.value)
+
+
+def test_who_runs_vms_sees_no_delegates(tmp_path: Path) -> None:
+    text = "handlers = {a = {endpoint = 'unix:///a', host_network = true}, vm = {vcpus = 2}, big = {}}"
+    loaded = config.load([written(tmp_path, text)])
+    assert list(loaded.delegates) == ["a"]
+    assert list(loaded.of_vms().handlers) == ["vm", "big"], "the default handler is the first of VMs"
 
 
 def test_bytes_that_are_no_utf8_name_the_file(tmp_path: Path) -> None:
@@ -177,3 +196,8 @@ def test_the_documented_example_is_valid(tmp_path: Path) -> None:
     assert examples
     for example in examples:
         config.load([written(tmp_path, example)])
+
+
+def test_the_deployed_example_of_a_delegate_is_valid() -> None:
+    loaded = config.load([DOCUMENT.parents[1] / "deploy" / "delegate.toml"])
+    assert (list(loaded.delegates), list(loaded.of_vms().handlers)) == (["runc"], ["vm"])

@@ -121,8 +121,7 @@ def test_any_container_request(request: cri.CreateContainerRequest, named: bool,
     if named:
         request.config.metadata.CopyFrom(cri.ContainerMetadata(name="n"))
         request.config.image.image = "i"
-        for device in request.config.devices:
-            device.permissions = "rw"
+        request.config.ClearField("devices")
         request.config.ClearField("CDI_devices")
     sandbox = SandboxSpec(name="p", uid="u", namespace="n", security=SecurityContext(privileged=privileged))
     try:

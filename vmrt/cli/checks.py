@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vmrt import __version__
-from vmrt.cli.facts import CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, Facts
+from vmrt.cli.facts import CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_SYS_RESOURCE, DelegateFact, Facts
 from vmrt.cli.output import size
 from vmrt.config import longest_root_octets
 
@@ -400,6 +400,33 @@ def daemon(facts: Facts) -> Finding:
     return Finding("daemon", Status.OK, f"version {found.version}, pid {found.pid}, on {found.socket}")
 
 
+def delegate(found: DelegateFact, *, systemd: bool) -> Finding:
+    """Check one delegate: whether it answers, is ready, and takes cgroup_parent as kubelet will write it."""
+    name = f"delegate {', '.join(found.handlers)}"
+    costs = "pods of these handlers cannot be run; others can"
+    if found.error:
+        return Finding(
+            name,
+            Status.WARN,
+            f"{found.endpoint}: {found.error}",
+            costs,
+            "start that runtime, or correct the handler's endpoint",
+        )
+    detail = f"{found.version} on {found.endpoint}"
+    if found.not_ready:
+        return Finding(name, Status.WARN, f"{detail} is not ready: {found.not_ready}", costs, "see that runtime's log")
+    ours = "systemd" if systemd else "cgroupfs"
+    if found.cgroup_driver and found.cgroup_driver != ours:
+        return Finding(
+            name,
+            Status.WARN,
+            f"{detail} has the cgroup driver {found.cgroup_driver}, kubelet is told {ours}",
+            costs,
+            f"configure the cgroup driver {ours} there (containerd: SystemdCgroup)",
+        )
+    return Finding(name, Status.OK, detail)
+
+
 CHECKS: tuple[Callable[[Facts], Finding], ...] = (
     *(privileges, kvm, qemu, qboot, qemu_user, libvirt, vsock, virtiofsd),
     *(tun, redirect, nat, cni, skopeo, image_policy, guest),
@@ -411,3 +438,5 @@ def findings(facts: Facts) -> Iterator[Finding]:
     """Yield every check's outcome, in an order that reads from the machine up."""
     for check in CHECKS:
         yield check(facts)
+    for found in facts.delegates:
+        yield delegate(found, systemd=facts.systemd)

@@ -97,6 +97,21 @@ class DaemonFact:
 
 
 @dataclass(frozen=True, slots=True)
+class DelegateFact:
+    """A delegate's endpoint and the handlers that go there: who answers, or why nobody does.
+
+    `not_ready` is what its RuntimeReady condition says where it is false. `cgroup_driver` is "" where it does not tell.
+    """
+
+    endpoint: str = ""
+    handlers: tuple[str, ...] = ()
+    version: str = ""
+    not_ready: str = ""
+    cgroup_driver: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """The machine as `vmrt.cli.checks` sees it. Sizes in octets."""
 
@@ -128,6 +143,8 @@ class Facts:
     cgroup_version: int = 0
     cgroup_controllers: tuple[str, ...] = ()
     daemon: DaemonFact = DaemonFact()
+    delegates: tuple[DelegateFact, ...] = ()
+    systemd: bool = False
 
 
 async def gather(config: Config, options: Options) -> Facts:
@@ -141,6 +158,7 @@ async def gather(config: Config, options: Options) -> Facts:
         libvirt, trial, failure = start(_libvirt(config)), start(_network_trial()), start(_kvm_failure(config))
         daemon = start(asyncio.to_thread(_daemon, options))
         guest = start(asyncio.to_thread(_guest, config))
+        delegates = start(asyncio.to_thread(_delegates, config))
     version, controllers = _cgroups()
     return Facts(
         config=config,
@@ -169,6 +187,8 @@ async def gather(config: Config, options: Options) -> Facts:
         cgroup_version=version,
         cgroup_controllers=controllers,
         daemon=daemon.result(),
+        delegates=delegates.result(),
+        systemd=_runs_systemd(),
     )
 
 
@@ -401,3 +421,41 @@ def _daemon(options: Options) -> DaemonFact:
     except VmrtError as e:
         return DaemonFact(path, error=e.message)
     return DaemonFact(path, answer.version, answer.pid)
+
+
+def _runs_systemd() -> bool:
+    return Path("/run/systemd/system").is_dir()  # sd_booted(3); kubelet is told the cgroup driver by it
+
+
+def _delegates(config: Config) -> tuple[DelegateFact, ...]:
+    endpoints: dict[str, list[str]] = {}
+    for name, handler in config.delegates.items():
+        endpoints.setdefault(handler.endpoint, []).append(name)
+    return tuple(_delegate(endpoint, tuple(names)) for endpoint, names in endpoints.items())
+
+
+def _delegate(endpoint: str, handlers: tuple[str, ...]) -> DelegateFact:
+    import grpc
+
+    from vmrt.proto.runtime.v1 import api_pb2, api_pb2_grpc
+
+    options = [("grpc.enable_http_proxy", 0), ("grpc.default_authority", "localhost")]
+    driver = ""
+    try:
+        with grpc.insecure_channel(endpoint, options=options) as channel:
+            runtime = api_pb2_grpc.RuntimeServiceStub(channel)
+            version = runtime.Version(api_pb2.VersionRequest(), timeout=5.0)
+            status = runtime.Status(api_pb2.StatusRequest(), timeout=5.0).status
+            with contextlib.suppress(grpc.RpcError):  # older runtimes do not tell
+                told = runtime.RuntimeConfig(api_pb2.RuntimeConfigRequest(), timeout=5.0)
+                driver = api_pb2.CgroupDriver.Name(told.linux.cgroup_driver).lower()
+    except grpc.RpcError as e:
+        return DelegateFact(endpoint, handlers, error=str(e.details() or e.code()))
+    not_ready = [c for c in status.conditions if c.type == "RuntimeReady" and not c.status]
+    return DelegateFact(
+        endpoint,
+        handlers,
+        f"{version.runtime_name} {version.runtime_version}",
+        "; ".join(f"{c.reason} {c.message}".strip() or "it does not say why" for c in not_ready),
+        driver,
+    )

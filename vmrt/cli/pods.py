@@ -53,8 +53,8 @@ def run_log_directory(uid: str) -> Path | None:
 def pods(options: Options, everything: bool, quiet: bool, state: str | None, name: str, as_json: bool) -> None:
     """List pods, newest first.
 
-    Each line is one virtual machine. A pod is "ready" while its VM runs, and "notready" once it has been stopped or its
-    VM has died.
+    Each line is one virtual machine, or a pod that a delegate runs. A pod is "ready" while its VM runs, and "notready"
+    once it has been stopped or its VM has died.
     """
     from vmrt.cli.client import Daemon, pods_of
 
@@ -102,7 +102,8 @@ def _addresses(daemon: Daemon, pod: api_pb2.PodSandbox) -> list[str]:
         request = api_pb2.PodSandboxStatusRequest(pod_sandbox_id=pod.id)
         network = daemon.call(daemon.runtime.PodSandboxStatus, request).status.network
     except DaemonError as e:
-        if e.code is Code.NOT_FOUND:  # removed since it was listed
+        # Removed since it was listed; or run by a delegate that is down, which a list can still be made of.
+        if e.code in (Code.NOT_FOUND, Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED):
             return []
         raise
     return [ip for ip in (network.ip, *(each.ip for each in network.additional_ips)) if ip]

@@ -102,7 +102,11 @@ def trace(options: Options, svg_path: Path | None, as_json: bool, pod: str) -> N
     try:
         phases = {str(name): float(ms) for name, ms in json.loads(info["phasesMs"]).items()}
     except (KeyError, ValueError, AttributeError, TypeError) as e:
-        raise VmrtError(f"the daemon told no phases of this pod: {e!r}", resource=f"sandbox {found.id}") from e
+        raise VmrtError(
+            f"the daemon told no phases of this pod: {e!r}",
+            resource=f"sandbox {found.id}",
+            hint="pods that a delegate runs have none",
+        ) from e
     if svg_path is not None:
         try:
             svg_path.write_text(phases_svg({found.metadata.name: phases}))

@@ -45,6 +45,7 @@ _CAPABILITY_NAMES = """
 """
 CAPABILITIES = frozenset(_CAPABILITY_NAMES.split())
 _NO_HOST = "a pod of vmrt is a virtual machine and has no part in the host's namespaces"
+_DELEGATE = "use another runtime handler, or let a delegate take such pods: handlers.NAME.{}, docs/delegate.md"
 
 
 def sandbox_security(context: cri.LinuxSandboxSecurityContext, path: str) -> SecurityContext:
@@ -123,12 +124,12 @@ def _mode(value: int, path: str) -> NamespaceMode:
 def _namespaces(options: cri.NamespaceOption, path: str, *, of_sandbox: bool) -> NamespaceOptions:
     network = _mode(options.network, f"{path}.network")
     if network is NamespaceMode.NODE:
-        unsupported(f"{path}.network", f"is NODE (hostNetwork): {_NO_HOST}", hint="use another runtime handler")
+        unsupported(f"{path}.network", f"is NODE (hostNetwork): {_NO_HOST}", hint=_DELEGATE.format("host_network"))
     if network is not NamespaceMode.POD:
         refuse(f"{path}.network", f"is {network.name}; only POD and NODE exist for it")
     ipc = _mode(options.ipc, f"{path}.ipc")
     if ipc is NamespaceMode.NODE:
-        unsupported(f"{path}.ipc", f"is NODE (hostIPC): {_NO_HOST}", hint="use another runtime handler")
+        unsupported(f"{path}.ipc", f"is NODE (hostIPC): {_NO_HOST}", hint=_DELEGATE.format("host_ipc"))
     if ipc is not NamespaceMode.POD:
         refuse(f"{path}.ipc", f"is {ipc.name}; only POD and NODE exist for it")
     # NODE is honoured for processes: it is the root PID namespace of the guest, where every container can be seen.

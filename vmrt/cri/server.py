@@ -21,6 +21,7 @@ import grpc.aio
 from vmrt.config import SOCKET_PATH_LIMIT, Config
 from vmrt.cri.answers import KEPT, Answers
 from vmrt.cri.control_service import ControlService
+from vmrt.cri.delegates.compose import compose
 from vmrt.cri.image_service import ImageService
 from vmrt.cri.outcome import with_outcome
 from vmrt.cri.ports import Pods, StreamUrls
@@ -52,11 +53,21 @@ class CriServer:
                 ("grpc.max_send_message_length", REPLY_LIMIT_BYTES),
             ),
         )
-        runtime = RuntimeService(pods, tuple(config.handlers), streams)
-        wrapping: Any = _Wrapping(self._server, Answers(lambda: pods.generation))
-        cri_grpc.add_RuntimeServiceServicer_to_server(runtime, wrapping)
-        cri_grpc.add_ImageServiceServicer_to_server(ImageService(images), wrapping)
-        control_grpc.add_ControlServicer_to_server(ControlService(pods, images), wrapping)
+        services = compose(
+            config,
+            pods,
+            images,
+            RuntimeService(pods, tuple(config.of_vms().handlers), streams),
+            ImageService(images),
+            ControlService(pods, images),
+        )
+        self._directory = services.directory
+        # What delegates have changes without our records: then no answer is kept.
+        answers = Answers(lambda: pods.generation if services.directory is None else None)
+        wrapping: Any = _Wrapping(self._server, answers)
+        cri_grpc.add_RuntimeServiceServicer_to_server(services.runtime, wrapping)
+        cri_grpc.add_ImageServiceServicer_to_server(services.image, wrapping)
+        control_grpc.add_ControlServicer_to_server(services.control, wrapping)
 
     async def open(self) -> None:
         """Bind and serve.
@@ -64,6 +75,8 @@ class CriServer:
         `AlreadyExistsError` when another daemon answers on the socket, `ConfigError` when it cannot be bound.
         """
         await clear_stale(self._socket)
+        if self._directory is not None:
+            await self._directory.open()
         # Until the mode is set nobody but root may connect. The mask is the process's, so it is held for one call.
         mask = os.umask(0o077)
         try:
@@ -81,6 +94,8 @@ class CriServer:
     async def close(self, grace_s: float = 5.0) -> None:
         """Take no more calls, let running ones finish for `grace_s`, cancel the rest, remove the socket."""
         await self._server.stop(grace_s)
+        if self._directory is not None:
+            await self._directory.close()
         if self._ours is not None and _identity(self._socket) == self._ours:
             _remove(self._socket)
 
