@@ -121,7 +121,8 @@ def test_any_container_request(request: cri.CreateContainerRequest, named: bool,
     if named:
         request.config.metadata.CopyFrom(cri.ContainerMetadata(name="n"))
         request.config.image.image = "i"
-        request.config.ClearField("devices")
+        for device in request.config.devices:
+            device.permissions = "rw"
         request.config.ClearField("CDI_devices")
     sandbox = SandboxSpec(name="p", uid="u", namespace="n", security=SecurityContext(privileged=privileged))
     try:

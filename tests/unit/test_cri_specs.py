@@ -415,7 +415,21 @@ def test_deprecated_seccomp_spelling(old: str, kind: ProfileType | None) -> None
             "config.mounts[0].gidMappings[0].length is 0",
             InvalidArgumentError,
         ),
-        (lambda c: c.devices.add(host_path="/dev/kvm"), "config.devices is not empty", UnsupportedError),
+        (
+            lambda c: c.devices.add(host_path="/dev/kvm", container_path="/dev/kvm"),
+            "config.devices[0].permissions is '', not made of",
+            InvalidArgumentError,
+        ),
+        (
+            lambda c: c.devices.add(host_path="/dev/kvm", container_path="/dev/kvm", permissions="rrw"),
+            "config.devices[0].permissions is 'rrw', not made of",
+            InvalidArgumentError,
+        ),
+        (
+            lambda c: c.devices.add(host_path="kvm", container_path="/dev/kvm", permissions="rw"),
+            "config.devices[0].host_path is 'kvm', not an absolute",
+            InvalidArgumentError,
+        ),
         (lambda c: c.CDI_devices.add(name="a.b/c=d"), "config.CDI_devices is not empty", UnsupportedError),
         (lambda c: setattr(c, "log_path", "/abs"), "config.log_path is '/abs', not a relative", InvalidArgumentError),
         (lambda c: setattr(c, "log_path", "../x"), "config.log_path is '../x'; '..'", InvalidArgumentError),

@@ -180,6 +180,7 @@ class Containers:
             cgroups_path=cgroups.path_of(container.id),
             target_pid=target_pid,
         )
+        self._add_devices(container.spec, request, deadline)
         _write_json(f"{container.directory}/config.json", container.spec)
         container.tty = bool(container.spec["process"].get("terminal"))
         container.stdin_once = request.stdin_once
@@ -188,6 +189,16 @@ class Containers:
         # crun keeps a cgroup and a state directory from the moment it starts.
         undo.callback(self._delete, container)
         self._crun_create(container, stdin=request.stdin, timeout_s=max(1.0, deadline - time.monotonic()))
+
+    def _add_devices(self, wanted: dict[str, Any], request: pb.CreateContainerRequest, deadline: float) -> None:
+        if request.devices or request.all_devices:
+            from vmrt.agent import devices
+
+            nodes = devices.resolve(request.devices, self._reaper, deadline)
+            named = {node.path for node in nodes}
+            if request.all_devices:
+                nodes += [node for node in devices.everything() if node.path not in named]
+            devices.add(wanted, nodes, bind=False)
 
     def _look_into(
         self, container: Container, request: pb.CreateContainerRequest, wanted: dict[str, Any], root: str

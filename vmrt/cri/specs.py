@@ -15,6 +15,7 @@ from vmrt.cri.fields import refuse, unsupported
 from vmrt.cri.security import container_security, id_mappings, sandbox_security
 from vmrt.model import (
     ContainerSpec,
+    Device,
     DnsConfig,
     HugepageLimit,
     LinuxResources,
@@ -95,8 +96,6 @@ def container_spec(config: cri.ContainerConfig, sandbox: SandboxSpec) -> Contain
     """Translate CreateContainer's request; `sandbox` is what the pod was made of."""
     if not config.HasField("metadata"):
         refuse("config.metadata", "is missing")
-    if config.devices:
-        unsupported("config.devices", "is not empty; vmrt passes no host devices yet")
     if config.CDI_devices:
         unsupported("config.CDI_devices", "is not empty; vmrt passes no host devices yet")
     return ContainerSpec(
@@ -109,6 +108,7 @@ def container_spec(config: cri.ContainerConfig, sandbox: SandboxSpec) -> Contain
         working_dir=fields.absolute_path(config.working_dir, "config.working_dir"),
         envs=_envs(config.envs, "config.envs"),
         mounts=_mounts(config.mounts, "config.mounts"),
+        devices=_devices(config.devices, "config.devices"),
         labels=fields.mapping(config.labels, "config.labels"),
         annotations=fields.mapping(config.annotations, "config.annotations"),
         log_path=fields.relative_path(config.log_path, "config.log_path"),
@@ -265,6 +265,20 @@ def _mount(mount: cri.Mount, path: str) -> Mount:
         propagation=propagation,
         recursive_read_only=mount.recursive_read_only,
     )
+
+
+def _devices(devices: Sequence[cri.Device], path: str) -> tuple[Device, ...]:
+    fields.few(devices, path, 256)
+    return tuple(_device(device, f"{path}[{index}]") for index, device in enumerate(devices))
+
+
+def _device(device: cri.Device, path: str) -> Device:
+    permissions = device.permissions
+    if not permissions or not set(permissions) <= set("rwm") or len(set(permissions)) != len(permissions):
+        refuse(f"{path}.permissions", f"is {fields.short(permissions)}, not made of r, w and m")
+    host_path = fields.absolute_path(device.host_path, f"{path}.host_path", required=True)
+    inside = fields.absolute_path(device.container_path, f"{path}.container_path", required=True)
+    return Device(inside, host_path, permissions)
 
 
 def _stop_signal(value: int, path: str) -> str:

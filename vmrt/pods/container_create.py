@@ -30,7 +30,7 @@ from vmrt.model import (
     ProfileType,
     SupplementalGroupsPolicy,
 )
-from vmrt.pods import oci, seccomp, volumes
+from vmrt.pods import devices, oci, seccomp, volumes
 from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import finish
 from vmrt.pods.log_pump import LogPump
@@ -212,6 +212,8 @@ def _request(
         create_working_dir=True,
         discard_output=not record.log_path,
         join_pid_namespace_of=target.target_id if target.pid is NamespaceMode.TARGET else "",
+        devices=devices.nodes(spec.devices),
+        all_devices=security.privileged,
     )
 
 
