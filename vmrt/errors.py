@@ -185,6 +185,13 @@ class RegistryUnavailableError(ImageError):
         super().__init__(f"RegistryUnavailable: {message}", phase=phase, resource=resource, hint=hint)
 
 
+class ImageVolumeError(ImageError):
+    """An image could not be mounted as a container's volume; the text starts with the word kubelet looks for."""
+
+    def __init__(self, message: str, *, phase: str = "", resource: str = "", hint: str = "") -> None:
+        super().__init__(f"ImageVolumeMountFailed: {message}", phase=phase, resource=resource, hint=hint)
+
+
 class SignatureError(ImageError):
     """`policy.json` refused the image; the text starts with the word kubelet looks for."""
 

@@ -184,7 +184,9 @@ class Mount:
     recursive_read_only: bool = False
     uids: tuple[IdMapping, ...] = ()
     gids: tuple[IdMapping, ...] = ()
+    # An image volume: the image's reference, the name in the pod, and a path in it; `host_path` is "" then.
     image: str = ""
+    user_specified_image: str = ""
     image_sub_path: str = ""
 
 

@@ -369,3 +369,36 @@ async def test_shutdown_kills_everything_and_keeps_the_output(client: AgentClien
     await client.shutdown(timeout_s=20)
     assert (await exits(client, "c")).signal == 9
     assert await log_of(client, "c") == (b"last\n", b"")
+
+
+async def volume_of(client: AgentClient, name: str, sub_path: str, command: list[str]) -> tuple[bytes, bytes]:
+    """Run a command in a container that has an image's `sub_path` at /v; return what it wrote."""
+    spec = json.loads(oci(command))
+    source = f"/run/vmrt/containers/{name}/storage/v"
+    spec["mounts"].append({"destination": "/v", "type": "bind", "source": source, "options": ["rbind", "ro"]})
+    storage = pb.Storage(name="v", readonly=True, image=pb.ImageStorage(layer_serials=["volume"], sub_path=sub_path))
+    request = pb.CreateContainerRequest(
+        container_id=name, layer_serials=["base"], oci_spec=json.dumps(spec).encode(), storages=[storage]
+    )
+    await client.create_container(request)
+    await client.start_container(name)
+    return await log_of(client, name)
+
+
+async def test_an_image_as_a_volume(client: AgentClient, tmp_path: Path) -> None:
+    layer = tmp_path / "volume"
+    (layer / "models/small").mkdir(parents=True)
+    (layer / "models/small/weights").write_text("42\n")
+    (layer / "models/latest").symlink_to("/models/small")  # an absolute link means the image's own root
+    (layer / "out").symlink_to("../../../../../etc")
+    (layer / "file").write_text("single\n")
+    assert await volume_of(client, "all", "", ["sh", "-c", "ls /v; touch /v/x"]) == (
+        b"file\nmodels\nout\n",
+        b"touch: /v/x: Read-only file system\n",
+    )
+    assert (await volume_of(client, "sub", "models/small", ["cat", "/v/weights"]))[0] == b"42\n"
+    assert (await volume_of(client, "link", "models/latest", ["cat", "/v/weights"]))[0] == b"42\n"
+    assert (await volume_of(client, "file", "file", ["cat", "/v"]))[0] == b"single\n"
+    for number, bad in enumerate(("absent", "out", "out/passwd", "models/../../x", "/models", "file/x")):
+        with pytest.raises(errors.ImageVolumeError, match=r"^ImageVolumeMountFailed: storage v: "):
+            await volume_of(client, f"bad{number}", bad, ["true"])

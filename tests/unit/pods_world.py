@@ -85,6 +85,7 @@ class World:
         self.faults: list[Fault] = []
         self.gates: dict[str, asyncio.Event] = {}
         self.steps: list[str] = []
+        self.created: list[pb.CreateContainerRequest] = []  # what the agents were asked for
         self.hung = False
         self.frozen = False  # the daemon is dead: whatever its code still does has no effect
         self.victim: asyncio.Task[Any] | None = None
@@ -249,22 +250,26 @@ class Network(FakeNetwork):
 
 
 class Images:
-    """One image of one layer; what is retained is forgotten by a restart, as the real store does."""
+    """Images of one layer each; what is retained is forgotten by a restart, as the real store does."""
+
+    KNOWN = ("image", "volume")
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.retained: dict[str, str] = {}
+        self.retained: dict[str, set[str]] = {}
 
     def get(self, reference: str) -> Image | None:
-        layer = LayerImage("sha256:" + "a" * 64, self._world.layer, 1)
-        image = Image("sha256:" + "b" * 64, ("image",), (), 1, ImageConfig(), (layer,))
-        return image if reference == "image" and self._world.image_present else None
+        if reference not in self.KNOWN or not self._world.image_present:
+            return None
+        digit = f"{self.KNOWN.index(reference):x}"
+        layer = LayerImage("sha256:" + digit + "a" * 63, self._world.layer, 1)
+        return Image("sha256:" + digit + "b" * 63, (reference,), (), 1, ImageConfig(), (layer,))
 
     def retain(self, image_id: str, user: str) -> None:
         with self._world.sync_step("retain"):
             if not self._world.image_present:
                 raise NotFoundError("no such image")
-            self.retained[user] = image_id
+            self.retained.setdefault(user, set()).add(image_id)
 
     def release(self, user: str) -> None:
         with self._world.sync_step("release image"):
@@ -311,6 +316,7 @@ class Agent:
         self, request: pb.CreateContainerRequest, *, timeout_s: float
     ) -> pb.CreateContainerResponse:
         async with self._call("agent create") as guest:
+            self._world.created.append(request)
             guest.containers[request.container_id] = pb.ContainerInfo(
                 container_id=request.container_id, state=pb.ContainerInfo.CREATED
             )

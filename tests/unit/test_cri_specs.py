@@ -400,7 +400,41 @@ def test_deprecated_seccomp_spelling(old: str, kind: ProfileType | None) -> None
         ),
         (
             lambda c: c.mounts.add(container_path="/x", image=cri.ImageSpec(image="i")),
-            "config.mounts[0].image is set",
+            "config.mounts[0].readonly is false",
+            InvalidArgumentError,
+        ),
+        (
+            lambda c: c.mounts.add(container_path="/x", host_path="/y", readonly=True, image=cri.ImageSpec(image="i")),
+            "config.mounts[0].host_path is set together with image",
+            InvalidArgumentError,
+        ),
+        (
+            lambda c: c.mounts.add(container_path="/x", readonly=True, image=cri.ImageSpec(image="i"), propagation=1),
+            "config.mounts[0].propagation is not PROPAGATION_PRIVATE",
+            InvalidArgumentError,
+        ),
+        (
+            lambda c: c.mounts.add(
+                container_path="/x", readonly=True, image=cri.ImageSpec(image="i"), image_sub_path="a/../../b"
+            ),
+            "config.mounts[0].image_sub_path is 'a/../../b'; '..'",
+            InvalidArgumentError,
+        ),
+        (
+            lambda c: c.mounts.add(
+                container_path="/x", readonly=True, image=cri.ImageSpec(image="i"), image_sub_path="/etc"
+            ),
+            "config.mounts[0].image_sub_path is '/etc', not a relative path",
+            InvalidArgumentError,
+        ),
+        (
+            lambda c: c.mounts.add(
+                container_path="/x",
+                readonly=True,
+                image=cri.ImageSpec(image="i"),
+                uidMappings=[cri.IDMapping(host_id=1, length=1)],
+            ),
+            "config.mounts[0].uidMappings or gidMappings is set; an image volume",
             UnsupportedError,
         ),
         (
@@ -503,6 +537,26 @@ def test_bad_container_field_is_refused_by_name(
         specs.container_spec(config, SANDBOX)
     assert named in str(caught.value)
     assert type(caught.value) is kind
+
+
+def test_image_volume() -> None:
+    config = container_config()
+    config.mounts.add(
+        container_path="/data",
+        readonly=True,
+        recursive_read_only=True,
+        image=cri.ImageSpec(image="sha256:" + "a" * 64, user_specified_image="data:1"),
+        image_sub_path="models/small",
+    )
+    (mount,) = specs.container_spec(config, SANDBOX).mounts
+    assert mount == Mount(
+        "/data",
+        readonly=True,
+        recursive_read_only=True,
+        image="sha256:" + "a" * 64,
+        user_specified_image="data:1",
+        image_sub_path="models/small",
+    )
 
 
 def test_secrets_are_not_quoted() -> None:

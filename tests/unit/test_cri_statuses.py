@@ -96,6 +96,26 @@ def test_container_status() -> None:
     assert (status.log_path, status.stop_signal) == ("/var/log/x.log", cri.SIGRTMINPLUS3)
 
 
+def test_image_volume_is_told_with_its_image_id() -> None:
+    mounts = (
+        Mount("/h", "/srv"),
+        Mount("/i", readonly=True, image="x:1", user_specified_image="x", image_sub_path="a"),
+    )
+    record = container("cc")
+    record = replace(record, spec=replace(record.spec, mounts=mounts), volume_image_ids=("", "sha256:vol"))
+    host, volume = statuses.container_status(record).mounts
+    assert not host.HasField("image")
+    assert volume == cri.Mount(
+        container_path="/i",
+        readonly=True,
+        image=cri.ImageSpec(image="x:1", user_specified_image="x", image_ref="sha256:vol"),
+        image_sub_path="a",
+    )
+    # A record of a version that did not have them.
+    record = replace(record, spec=replace(record.spec, mounts=mounts[:1]), volume_image_ids=())
+    assert [m.host_path for m in statuses.container_status(record).mounts] == ["/srv"]
+
+
 def test_every_state_has_its_number() -> None:
     assert set(statuses.SANDBOX_STATES) == set(SandboxState)
     assert set(statuses.CONTAINER_STATES) == set(ContainerState)

@@ -86,12 +86,25 @@ def mount_storage(
         device = disks.wait_for(storage.disk_serial, deadline)
         mount(device, target, storage.fstype or "ext4", readonly | kernel.MS_NODEV, stack)
     elif kind == "image":
-        whole = f"{directory}/.{name}" if storage.image.sub_path else target
-        mount_overlay(layers, list(storage.image.layer_serials), whole, stack, deadline)
-        if storage.image.sub_path:
-            _bind_beneath(whole, storage.image.sub_path, target, stack, readonly=True)
+        try:
+            _mount_image(storage, directory, layers, stack, deadline)
+        except status.AgentError as e:
+            raise status.AgentError(status.IMAGE_STORAGE, f"storage {name}: {e.message}") from e
     else:
         raise status.AgentError(status.INVALID_ARGUMENT, f"storage {name}: no source")
+
+
+def _mount_image(
+    storage: pb.Storage, directory: str, layers: Layers, stack: contextlib.ExitStack, deadline: float
+) -> None:
+    """Mount an image's layers, or the part of them that `sub_path` names; a link in it ends within the image."""
+    target = f"{directory}/{storage.name}"
+    sub_path = storage.image.sub_path
+    # A name that no storage can have: those have no "/".
+    whole = f"{directory}-whole/{storage.name}" if sub_path else target
+    mount_overlay(layers, list(storage.image.layer_serials), whole, stack, deadline)
+    if sub_path:
+        _bind_beneath(whole, sub_path, target, stack, readonly=True)
 
 
 def mount(source: str, target: str, fstype: str, flags: int, stack: contextlib.ExitStack, data: str = "") -> None:
@@ -179,7 +192,7 @@ def _bind_beneath(root: str, path: str, target: str, stack: contextlib.ExitStack
         try:
             fd = kernel.open_in_root(root_fd, path, os.O_PATH)
         except OSError as e:
-            raise status.AgentError(status.NOT_FOUND, f"{root}/{path}: {e.strerror}") from e
+            raise status.AgentError(status.NOT_FOUND, f"path {path[:200]!r}: {e.strerror}") from e
     finally:
         os.close(root_fd)
     try:

@@ -14,6 +14,8 @@ ALREADY_EXISTS = 6
 PERMISSION_DENIED = 7
 RESOURCE_EXHAUSTED = 8
 FAILED_PRECONDITION = 9
+# gRPC's ABORTED, in CreateContainer's answer only: an image storage could not be mounted.
+IMAGE_STORAGE = 10
 OUT_OF_RANGE = 11
 UNIMPLEMENTED = 12
 INTERNAL = 13

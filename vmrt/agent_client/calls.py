@@ -16,6 +16,7 @@ _ERRORS: dict[int, type[errors.VmrtError]] = {
     status.ALREADY_EXISTS: errors.AlreadyExistsError,
     status.RESOURCE_EXHAUSTED: errors.ExhaustedError,
     status.FAILED_PRECONDITION: errors.FailedPreconditionError,
+    status.IMAGE_STORAGE: errors.ImageVolumeError,
     status.OUT_OF_RANGE: errors.InvalidArgumentError,
     status.UNIMPLEMENTED: errors.UnimplementedError,
 }

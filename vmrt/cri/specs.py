@@ -241,7 +241,7 @@ def _mount(mount: cri.Mount, path: str) -> Mount:
         refuse(f"{path}.propagation", f"has the unknown value {mount.propagation}")
     propagation = PROPAGATIONS[mount.propagation]
     if mount.HasField("image") and mount.image.image:
-        unsupported(f"{path}.image", "is set; vmrt mounts no images as volumes yet")
+        return _image_mount(mount, container_path, propagation, path)
     if mount.image_sub_path:
         refuse(f"{path}.image_sub_path", "is set without image")
     host_path = fields.absolute_path(mount.host_path, f"{path}.host_path", required=True)
@@ -279,6 +279,27 @@ def _device(device: cri.Device, path: str) -> Device:
     host_path = fields.absolute_path(device.host_path, f"{path}.host_path", required=True)
     inside = fields.absolute_path(device.container_path, f"{path}.container_path", required=True)
     return Device(inside, host_path, permissions)
+
+
+def _image_mount(mount: cri.Mount, container_path: str, propagation: Propagation, path: str) -> Mount:
+    """Translate an image volume: the content of an image, always read-only."""
+    if mount.host_path:
+        refuse(f"{path}.host_path", "is set together with image")
+    if not mount.readonly:
+        refuse(f"{path}.readonly", "is false; an image is mounted read-only")
+    if propagation is not Propagation.PRIVATE:
+        refuse(f"{path}.propagation", "is not PROPAGATION_PRIVATE; nothing is ever mounted below an image")
+    if id_mappings(mount.uidMappings, f"{path}.uidMappings") or id_mappings(mount.gidMappings, f"{path}.gidMappings"):
+        unsupported(f"{path}.uidMappings", "or gidMappings is set; an image volume has its image's owners")
+    return Mount(
+        container_path=container_path,
+        readonly=True,
+        selinux_relabel=mount.selinux_relabel,
+        recursive_read_only=mount.recursive_read_only,
+        image=image_reference(mount.image, f"{path}.image"),
+        user_specified_image=fields.text(mount.image.user_specified_image, f"{path}.image.user_specified_image"),
+        image_sub_path=fields.relative_path(mount.image_sub_path, f"{path}.image_sub_path"),
+    )
 
 
 def _stop_signal(value: int, path: str) -> str:

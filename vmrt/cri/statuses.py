@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Generic, Protocol, TypeVar
 
 from vmrt.cri.ports import RuntimeStatus
@@ -151,7 +152,10 @@ def container_status(record: ContainerRecord) -> cri.ContainerStatus:
         message=record.message,
         labels=spec.labels,
         annotations=spec.annotations,
-        mounts=[_mount(mount) for mount in spec.mounts],
+        mounts=[
+            _mount(mount, image_id)
+            for mount, image_id in zip(spec.mounts, record.volume_image_ids or repeat(""), strict=False)
+        ],
         log_path=record.log_path,
         resources=cri.ContainerResources(linux=_resources(spec.resources)),
         image_id=record.image_id,
@@ -253,8 +257,13 @@ def _namespaces(options: NamespaceOptions) -> cri.NamespaceOption:
     )
 
 
-def _mount(mount: Mount) -> cri.Mount:
+def _mount(mount: Mount, image_id: str) -> cri.Mount:
+    image = None
+    if mount.image:
+        image = cri.ImageSpec(image=mount.image, user_specified_image=mount.user_specified_image, image_ref=image_id)
     return cri.Mount(
+        image=image,
+        image_sub_path=mount.image_sub_path,
         container_path=mount.container_path,
         host_path=mount.host_path,
         readonly=mount.readonly,

@@ -23,16 +23,15 @@ from vmrt.errors import (
 )
 from vmrt.model import (
     ContainerSpec,
-    Disk,
     Image,
-    LayerImage,
     NamespaceMode,
     ProfileType,
     SupplementalGroupsPolicy,
 )
-from vmrt.pods import devices, oci, seccomp, volumes
+from vmrt.pods import devices, image_volumes, oci, seccomp, volumes
 from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import finish
+from vmrt.pods.layer_disks import attach_layers, serial
 from vmrt.pods.log_pump import LogPump
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxState
 from vmrt.pods.release import position_file
@@ -58,6 +57,7 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
     image = table.images.get(spec.image)
     if image is None:
         raise NotFoundError(f"the image {spec.image!r} is not on this node", hint="pull or load it first")
+    volume_images = image_volumes.find(table.images, spec.mounts)
     container_id = secrets.token_hex(32)
     live = table.add_container(
         ContainerRecord(
@@ -71,19 +71,24 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
             log_path=_log_path(sandbox.record.spec.log_directory, spec.log_path),
             stop_signal=spec.stop_signal or image.config.stop_signal or "SIGTERM",
             layer_serials=tuple(serial(layer) for layer in image.layers),
+            volume_image_ids=image_volumes.ids(volume_images, len(spec.mounts)),
         )
     )
     # Held to the end of the undo, too: a removal of the sandbox waits until this container is settled.
     async with live.lock:
         try:
-            table.images.retain(image.id, container_id)
+            for image_id in {image.id, *(volume.id for volume in volume_images.values())}:
+                table.images.retain(image_id, container_id)
             # Not to be cancelled half-way: the undo would run beside it.
             bound = await uncancelled(
                 asyncio.to_thread(volumes.bind, table.config.root, sandbox.record.vm_id, container_id, spec.mounts)
             )
+            bound += image_volumes.bound(volume_images, spec.mounts, container_id)
             request = _request(table, sandbox, live.record, image, bound)
+            request.storages.extend(image_volumes.storages(volume_images, spec.mounts))
             agent = sandbox.need_agent()
-            await attach_layers(table, sandbox, image.layers)
+            layers = [layer for each in (image, *volume_images.values()) for layer in each.layers]
+            await attach_layers(table, sandbox, layers)
             # A cancelled call goes on in the guest: were its end not awaited, the undo could overtake it.
             made = await uncancelled(agent.create_container(request, timeout_s=CREATE_TIMEOUT_S))
             sandbox.need_agent()  # the sandbox may have been stopped meanwhile
@@ -140,34 +145,6 @@ async def again(call: Callable[[], Awaitable[None]]) -> None:
         raise
     except UnavailableError:
         await call()
-
-
-def serial(layer: LayerImage) -> str:
-    """Return the disk serial of a layer: as much of its diff ID as SCSI's 36 octets hold."""
-    return "l-" + layer.diff_id.removeprefix("sha256:")[:32]
-
-
-async def attach_layers(table: PodTable, sandbox: LiveSandbox, layers: tuple[LayerImage, ...]) -> None:
-    """Hot-plug the layers that the VM lacks; containers that share a layer wait for the one plug of it."""
-    waits: list[asyncio.Future[None]] = []
-    for layer in layers:
-        name = serial(layer)
-        future = sandbox.disks.get(name)
-        if future is None or (future.done() and (future.cancelled() or future.exception() is not None)):
-            disk = Disk(name, layer.path)
-            future = asyncio.ensure_future(table.hypervisor.attach_disk(sandbox.record.vm_id, disk))
-            future.add_done_callback(_retrieved)
-            sandbox.disks[name] = future
-        waits.append(future)
-    for future in waits:
-        # Shielded: the plug may serve other containers too.
-        await asyncio.shield(future)
-
-
-def _retrieved(future: asyncio.Future[None]) -> None:
-    # Everybody who waited for the plug may have been cancelled.
-    if not future.cancelled():
-        future.exception()
 
 
 def _log_path(directory: str, path: str) -> str:

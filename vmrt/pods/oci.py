@@ -192,6 +192,9 @@ def _file_mounts(spec: ContainerSpec, covered: set[str]) -> list[dict[str, Any]]
 
 def _volume_mount(bound: BoundMount) -> dict[str, Any]:
     mount = bound.mount
+    if mount.image:
+        options = ["rbind", "rprivate", "ro", "nosuid", "nodev"]
+        return {"destination": mount.container_path, "type": "bind", "source": bound.guest_source, "options": options}
     options = ["rbind", "rslave" if mount.propagation is Propagation.HOST_TO_CONTAINER else "rprivate"]
     # Not "rro": a submount appears in the guest when it is first walked to, with its parent's flag.
     options.append("ro" if mount.readonly and bound.guest_readonly else "rw")

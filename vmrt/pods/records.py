@@ -112,6 +112,8 @@ class ContainerRecord:
     log_path: str = ""  # absolute; "" when the client wants no log
     stop_signal: str = "SIGTERM"
     layer_serials: tuple[str, ...] = ()
+    # For each of spec.mounts the id of the image that it mounts, "" for a host path; () when none mounts an image.
+    volume_image_ids: tuple[str, ...] = ()
     started_ns: int = 0
     finished_ns: int = 0
     exit_code: int = 0

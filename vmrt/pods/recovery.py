@@ -41,11 +41,12 @@ async def recover(table: PodTable) -> None:
             table.store.delete("container", container.id)
             continue
         table.add_container(container, recorded=True)
-        try:
-            table.images.retain(container.image_id, container.id)
-        except VmrtError as e:
-            # Somebody removed the store's files. A running container has its layers open and goes on.
-            log.warning("container %s: its image cannot be held: %s", container.id[:13], e)
+        for image_id in {container.image_id, *container.volume_image_ids} - {""}:
+            try:
+                table.images.retain(image_id, container.id)
+            except VmrtError as e:
+                # Somebody removed the store's files. A running container has its layers open and goes on.
+                log.warning("container %s: its image cannot be held: %s", container.id[:13], e)
     scratch.remove_parts(table.config.root)
     settling = [
         table.background(_try(_settle(table, live)), f"settle {live.id[:13]}")

@@ -92,8 +92,8 @@ def bind(root: Path, vm_id: str, container_id: str, mounts: Sequence[Mount]) -> 
     A path that does not exist is an error (`Mount.host_path` in CRI). The caller undoes with `unbind`, also after a
     failure. Raises `InvalidArgumentError`, `UnsupportedError` naming the field.
     """
-    if not mounts:
-        return ()
+    if all(mount.image for mount in mounts):
+        return ()  # image_volumes.py has those
     if len(mounts) > MAX_MOUNTS:
         raise InvalidArgumentError(f"config.mounts has {len(mounts)} entries; vmrt takes {MAX_MOUNTS}", phase=_PHASE)
     guest = served(root, vm_id)
@@ -108,6 +108,7 @@ def bind(root: Path, vm_id: str, container_id: str, mounts: Sequence[Mount]) -> 
     return tuple(
         _bind_one(root, vm_id, f"{container_id}/{index}", mount, f"config.mounts[{index}]")
         for index, mount in enumerate(mounts)
+        if not mount.image
     )
 
 
