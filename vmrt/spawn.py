@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vmrt.errors import DeadlineError, ProcessError
 
@@ -61,6 +62,25 @@ def kill_group(pid: int, sig: int = signal.SIGKILL) -> None:
         os.killpg(pid, sig)
 
 
+async def _started(*args: str, **options: Any) -> asyncio.subprocess.Process:
+    """Start a child with a group of its own. Cancelled meanwhile, it kills the group before it lets the caller go.
+
+    asyncio itself (3.11) would kill the child alone, and then wait for pipes that grandchildren keep open.
+    """
+    starting = asyncio.ensure_future(asyncio.create_subprocess_exec(*args, start_new_session=True, **options))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        while not starting.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([starting])
+        if not starting.cancelled() and starting.exception() is None:
+            process = starting.result()
+            kill_group(process.pid)
+            await asyncio.shield(process.wait())
+        raise
+
+
 async def run(
     argv: Sequence[str | Path],
     *,
@@ -80,14 +100,13 @@ async def run(
     args = tuple(str(arg) for arg in argv)
     log.debug("run: %s", pasteable(args))
     try:
-        process = await asyncio.create_subprocess_exec(
+        process = await _started(
             *args,
             stdin=subprocess.DEVNULL if input_bytes is None else subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=None if env is None else dict(env),
             cwd=cwd,
-            start_new_session=True,
         )
     except OSError as e:
         raise ProcessError(
@@ -138,13 +157,12 @@ async def piped(
     args = tuple(str(arg) for arg in argv)
     log.debug("pipe: %s", pasteable(args))
     try:
-        process = await asyncio.create_subprocess_exec(
+        process = await _started(
             *args,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE if stdout_fd is None else stdout_fd,
             stderr=subprocess.PIPE,
             env=None if env is None else dict(env),
-            start_new_session=True,
         )
     except OSError as e:
         raise ProcessError(f"cannot start {args[0]}: {e.strerror or e}", argv=args) from e

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -113,6 +114,21 @@ async def test_cancelling_run_kills_the_whole_group(tmp_path: Path) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    await eventually(lambda: not runs(grandchild))
+
+
+async def test_cancelling_run_while_it_starts_kills_the_whole_group_too(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    task = asyncio.create_task(spawn.run(["sh", "-c", f"sleep 1000 & echo $! > {file}; wait"]))
+    # Forked, but asyncio has not seen the start through: the loop stands still until the grandchild is there.
+    for _ in range(2):
+        await asyncio.sleep(0)
+    while not (file.exists() and file.read_text().endswith("\n")):
+        time.sleep(0.01)  # noqa: ASYNC251
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    grandchild = await pid_in(file)
     await eventually(lambda: not runs(grandchild))
 
 
