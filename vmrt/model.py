@@ -303,7 +303,12 @@ class GuestImage:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A block device for a VM. `serial` (at most 36 of [0-9a-z-]) is how the guest finds it. `bytes` in raw format."""
+    """A block device for a VM. `serial` (at most 36 of [0-9a-z-]) is how the guest finds it.
+
+    `path` names a raw file or a block device of the host. A file that is not `readonly` is the VM's own and dies with
+    it: it is given to QEMU's user, and flushes do not reach the platter. A host device stays as it is, whoever owns it;
+    its flushes are kept.
+    """
 
     serial: str
     path: Path

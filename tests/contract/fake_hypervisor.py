@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from vmrt import spawn
 from vmrt.errors import AlreadyExistsError, VmError, VmGoneError
+from vmrt.hypervisor import devices
 from vmrt.model import Disk, VmEvent, VmEventKind, VmSpec
 from vmrt.pods.drivers import Connection
 from vmrt.spawn import ProcessId
@@ -152,6 +153,13 @@ class FakeHypervisor:
     async def detach_disk(self, vm_id: str, serial: str) -> None:
         self._call("detach_disk", vm_id, serial)
         self._running(vm_id).disks.pop(serial, None)
+
+    async def resize_disk(self, vm_id: str, serial: str) -> int:
+        self._call("resize_disk", vm_id, serial)
+        disk = self._running(vm_id).disks.get(serial)
+        if disk is None or not devices.is_block_device(disk.path):
+            raise VmError(f"{serial} is no host block device of this VM", phase="resize disk", resource=f"vm {vm_id}")
+        return devices.size_bytes(disk.path)
 
     async def events(self) -> AsyncIterator[VmEvent]:
         while True:

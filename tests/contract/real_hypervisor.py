@@ -6,11 +6,14 @@ The embedded libvirt driver takes one root per process, so all tests of a sessio
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import secrets
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,7 @@ __all__ = [
     "CALL_PORT",
     "INSTANCE",
     "leftovers",
+    "loop_device",
     "make",
     "need_real",
     "opened",
@@ -83,6 +87,23 @@ def small_disk(serial: str, *, readonly: bool = True) -> Disk:
     path = root() / f"{serial}.img"
     path.write_bytes(bytes(1024**2))
     return Disk(serial, path, readonly=readonly)
+
+
+@contextlib.contextmanager
+def loop_device(size_bytes: int) -> Iterator[tuple[Path, Path]]:
+    """Give a block device of the host and the file behind it; skip where there is none to be had."""
+    backing = root() / f"loop-{secrets.token_hex(4)}"
+    with backing.open("wb") as file:
+        file.truncate(size_bytes)
+    made = subprocess.run(["losetup", "--find", "--show", backing], capture_output=True, text=True)
+    if made.returncode != 0:
+        backing.unlink()
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    try:
+        yield Path(made.stdout.strip()), backing
+    finally:
+        subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
+        backing.unlink()
 
 
 def leftovers() -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.contract import real_hypervisor as real
 from tests.contract.fake_hypervisor import PANIC, FakeHypervisor, FakeVmHost
+from vmrt import spawn
 from vmrt.agent.layout import CALL_PORT
 from vmrt.errors import AlreadyExistsError, VmError, VmGoneError
 from vmrt.model import Disk, GuestImage, VmEvent, VmEventKind
@@ -135,6 +136,25 @@ async def test_life_of_a_vm(subject: Subject, hypervisor: Hypervisor) -> None:
     assert list(hypervisor.list()) == []
     assert await next_event(hypervisor) == VmEvent("one", VmEventKind.STOPPED, "destroyed")
     assert await no_event(hypervisor)
+
+
+async def test_a_block_device_of_the_host(subject: Subject, hypervisor: Hypervisor) -> None:
+    real.need_real()
+    await hypervisor.boot(real.spec("one", subject.guest))
+    with real.loop_device(2 * 1024**2) as (device, backing):
+        before = device.stat()
+        await hypervisor.attach_disk("one", Disk("volume", device, readonly=False))
+        await hypervisor.attach_disk("one", Disk("volume", device, readonly=False))
+        os.truncate(backing, 3 * 1024**2)
+        await spawn.run(["losetup", "--set-capacity", device])
+        assert await hypervisor.resize_disk("one", "volume") == 3 * 1024**2
+        with pytest.raises(VmError):
+            await hypervisor.resize_disk("one", "never-attached")
+        await hypervisor.detach_disk("one", "volume")
+        await hypervisor.attach_disk("one", Disk("volume", device))
+        await hypervisor.detach_disk("one", "volume")
+        after = device.stat()
+        assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
 
 async def test_an_id_can_be_used_again_at_once(subject: Subject, hypervisor: Hypervisor) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -63,6 +64,33 @@ async def test_qemu_is_confined_and_the_share_is_served(hypervisor: LibvirtHyper
     assert stat.S_IMODE(console.stat().st_mode) == 0o600
 
 
+async def test_a_host_device_is_opened_no_further_than_asked(hypervisor: LibvirtHypervisor) -> None:
+    await hypervisor.boot(real.spec("one", real.real_guest()))
+    qemu = hypervisor.processes("one")[0]
+    node = real.root() / "vms" / "one" / "d" / "volume"
+    with real.loop_device(1024**2) as (device, _):
+        for readonly, mode in ((True, os.O_RDONLY), (False, os.O_RDWR)):
+            await hypervisor.attach_disk("one", Disk("volume", device, readonly=readonly))
+            assert node.stat().st_rdev == device.stat().st_rdev
+            assert node.stat().st_uid == 0
+            assert access_modes(qemu, node) == {mode}
+            await hypervisor.detach_disk("one", "volume")
+            assert not node.exists()
+            assert access_modes(qemu, node) == set()
+        await hypervisor.attach_disk("one", Disk("volume", device))
+        await hypervisor.destroy("one")
+
+
+def access_modes(process: ProcessId, path: Path) -> set[int]:
+    """Return how a process has a file open: O_RDONLY, O_RDWR."""
+    modes = set()
+    for link in Path(f"/proc/{process.pid}/fd").iterdir():
+        if str(link.readlink()).startswith(str(path)):
+            flags = Path(f"/proc/{process.pid}/fdinfo/{link.name}").read_text().split("flags:")[1].split()[0]
+            modes.add(int(flags, 8) & os.O_ACCMODE)
+    return modes
+
+
 async def test_a_helper_that_dies_ends_the_vm(hypervisor: LibvirtHypervisor) -> None:
     await hypervisor.boot(real.spec("one", real.real_guest()))
     qemu, *helpers = hypervisor.processes("one")
@@ -76,6 +104,34 @@ async def test_a_helper_that_dies_ends_the_vm(hypervisor: LibvirtHypervisor) -> 
     async with asyncio.timeout(10):
         while Path(f"/proc/{qemu.pid}/fd").exists() and status_of(qemu)["State"][0] != "Z":
             await asyncio.sleep(0.01)
+
+
+async def test_clients_that_hang_up_early_do_no_harm(hypervisor: LibvirtHypervisor) -> None:
+    """A daemon may be killed at any point of a connection: the published vhost-device-vsock 0.3.0 dies of it."""
+    await hypervisor.boot(real.spec("one", real.real_guest()))
+    _, *helpers = hypervisor.processes("one")
+    if not helpers:
+        pytest.skip("with the kernel's vsock there is no helper")
+    descriptors = Path(f"/proc/{helpers[0].pid}/fd")
+    before = len(list(descriptors.iterdir()))
+    # Before a port is named; before the guest has answered; before its answer is read.
+    for line, pause_s in (
+        (b"", 0.0),
+        (b"CONNECT %d\n" % real.CALL_PORT, 0.0),
+        (b"CONNECT %d\n" % real.CALL_PORT, 0.004),
+    ):
+        for number in range(40):
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(str(real.root() / "vms" / "one" / "s" / "vsock"))
+            client.sendall(line)
+            await asyncio.sleep(pause_s * (number % 4))
+            client.close()
+    _, writer = await hypervisor.dial("one", real.CALL_PORT, timeout_s=60)
+    writer.close()
+    async with asyncio.timeout(60):
+        while len(list(descriptors.iterdir())) > before:
+            await asyncio.sleep(0.05)
+    assert hypervisor.list() == ["one"]
 
 
 async def test_an_out_of_memory_kill_is_told_as_such(hypervisor: LibvirtHypervisor) -> None:

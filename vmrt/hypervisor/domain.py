@@ -85,9 +85,19 @@ def free_unit(used: Mapping[str, int]) -> int:
     return next(unit for unit in range(len(taken) + 1) if unit not in taken)
 
 
-def disk_xml(disk: Disk, unit: int) -> str:
-    """Return the XML of one virtio-scsi LUN, as it is hot-plugged and unplugged."""
-    return ET.tostring(_scsi_disk(disk, unit), encoding="unicode")
+def disk_xml(disk: Disk, unit: int, node: Path | None = None) -> str:
+    """Return the XML of one virtio-scsi LUN, as it is hot-plugged and unplugged. `node` stands for a host device."""
+    return ET.tostring(_scsi_disk(disk, unit, node), encoding="unicode")
+
+
+def target_name(unit: int) -> str:
+    """Return the name that libvirt knows a LUN by: sda, sdb, ... sdz, sdaa. The guest never sees it."""
+    letters = ""
+    number = unit + 1
+    while number:
+        number, digit = divmod(number - 1, 26)
+        letters = chr(ord("a") + digit) + letters
+    return f"sd{letters}"
 
 
 def disks_in(xml: str) -> dict[str, int]:
@@ -226,15 +236,23 @@ def _root_disk(rootfs: Path) -> ET.Element:
     return disk
 
 
-def _scsi_disk(disk: Disk, unit: int) -> ET.Element:
-    element = ET.Element("disk", type="file", device="disk")
+def _scsi_disk(disk: Disk, unit: int, node: Path | None = None) -> ET.Element:
+    element = ET.Element("disk", type="file" if node is None else "block", device="disk")
     driver = ET.SubElement(element, "driver", name="qemu", type="raw")
-    if not disk.readonly:
-        # A pod's writable disk dies with the pod: its flushes need not reach the platter, its discards give space back.
+    if node is not None:
+        # Somebody else's data: no cache of ours between the guest and the device, and flushes mean something.
+        driver.set("cache", "none")
+        driver.set("io", "threads")
+    elif not disk.readonly:
+        # A pod's writable disk dies with the pod: its flushes need not reach the platter.
         driver.set("cache", "unsafe")
+    if not disk.readonly:
         driver.set("discard", "unmap")
-    ET.SubElement(element, "source", file=str(disk.path))
-    ET.SubElement(element, "target", dev=_device_name(unit), bus="scsi")
+    if node is None:
+        ET.SubElement(element, "source", file=str(disk.path))
+    else:
+        ET.SubElement(element, "source", dev=str(node))
+    ET.SubElement(element, "target", dev=target_name(unit), bus="scsi")
     if disk.readonly:
         ET.SubElement(element, "readonly")
     _text(element, "serial", disk.serial)
@@ -271,16 +289,6 @@ def _command_line(domain: ET.Element, wiring: Wiring) -> None:
     command = ET.SubElement(domain, f"{{{QEMU_URI}}}commandline")
     for argument in ("-chardev", chardev, "-device", json.dumps(device)):
         ET.SubElement(command, f"{{{QEMU_URI}}}arg", value=argument)
-
-
-def _device_name(unit: int) -> str:
-    """Return sda, sdb, ... sdz, sdaa: libvirt wants a name unique in the domain; the guest never sees it."""
-    letters = ""
-    number = unit + 1
-    while number:
-        number, digit = divmod(number - 1, 26)
-        letters = chr(ord("a") + digit) + letters
-    return f"sd{letters}"
 
 
 def _pci(parent: ET.Element, slot: int) -> None:

@@ -19,7 +19,7 @@ from vmrt import spawn
 from vmrt.agent.layout import PROTOCOL_VERSION
 from vmrt.config import HypervisorConfig
 from vmrt.errors import AlreadyExistsError, VmError, VmGoneError, VmrtError
-from vmrt.hypervisor import access, domain, emulator, priority, vhost_vsock, virtiofsd
+from vmrt.hypervisor import access, disks, domain, emulator, priority, vhost_vsock, virtiofsd
 from vmrt.hypervisor.accel import Accelerator, KvmProbe
 from vmrt.hypervisor.access import ROOT_USER, QemuUser, require_passable, require_readable, require_short
 from vmrt.hypervisor.console import Console, ConsoleRing
@@ -117,7 +117,7 @@ class LibvirtHypervisor:
             if path is not None:
                 require_readable(path, self._user, resource=resource)
         for disk in spec.disks:
-            require_readable(disk.path, self._user, resource=resource, readonly=disk.readonly)
+            disks.prepare(disk, self._user, resource=resource)
         vm = self._new_vm(VmRecord(spec.vm_id, "kernel" if self._listener else "vhost-user"), paths)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self._tear_down, vm)
@@ -289,57 +289,27 @@ class LibvirtHypervisor:
 
     async def dial(self, vm_id: str, port: int, *, timeout_s: float = 5.0) -> Connection:
         """Open a vsock connection to a port in the guest."""
-        vm = self._running(vm_id, "dial")
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await vm.vsock.dial(port)
-        except TimeoutError as e:
-            await self._check_alive(vm, "dial")
-            raise VmError(
-                f"vsock port {port} did not answer within {timeout_s:g} s", phase="dial", resource=f"vm {vm_id}"
-            ) from e
-        except VmError as e:
-            await self._check_alive(vm, "dial")
-            raise VmError(e.message, phase="dial", resource=f"vm {vm_id}") from e
+        async with self._while_it_runs(vm_id, "dial") as vm:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await vm.vsock.dial(port)
+            except TimeoutError as e:
+                raise VmError(f"vsock port {port} did not answer within {timeout_s:g} s") from e
 
     async def attach_disk(self, vm_id: str, disk: Disk) -> None:
         """Hot-plug a disk; one that is attached already (same serial) is no error."""
-        vm = self._running(vm_id, "attach disk")
-        require_readable(disk.path, self._user, resource=f"vm {vm_id}", readonly=disk.readonly)
-        async with vm.disks_lock:
-            if disk.serial in vm.disks:
-                return
-            unit = domain.free_unit(vm.disks)
-            self._own_if_writable(disk)
-            try:
-                await self._host.attach(vm.domain, domain.disk_xml(disk, unit))
-            except VmrtError:
-                await self._check_alive(vm, "attach disk")
-                raise
-            except asyncio.CancelledError:
-                # The call itself went through (LibvirtHost.call): take the disk out again.
-                with contextlib.suppress(VmrtError):
-                    await self._host.detach(vm.domain, domain.disk_xml(disk, unit))
-                raise
-            vm.disks[disk.serial] = unit
+        async with self._while_it_runs(vm_id, "attach disk") as vm:
+            await disks.attach(self._host, vm, disk, self._user)
 
     async def detach_disk(self, vm_id: str, serial: str) -> None:
         """Hot-unplug a disk; one that is not attached is no error."""
-        vm = self._running(vm_id, "detach disk")
-        async with vm.disks_lock:
-            unit = vm.disks.get(serial)
-            if unit is None:
-                return
-            try:
-                await self._host.detach(vm.domain, domain.disk_xml(Disk(serial, Path("/")), unit))
-                # libvirt itself waits some seconds for QEMU's word, then returns all the same.
-                still_there = serial in domain.disks_in(await self._host.live_xml(vm.domain))
-            except VmrtError:
-                await self._check_alive(vm, "detach disk")
-                raise
-            if still_there:
-                raise VmError(f"the guest did not let go of disk {serial}", phase="detach disk", resource=f"vm {vm_id}")
-            del vm.disks[serial]
+        async with self._while_it_runs(vm_id, "detach disk") as vm:
+            await disks.detach(self._host, vm, serial)
+
+    async def resize_disk(self, vm_id: str, serial: str) -> int:
+        """Tell the guest the size that a host block device has now; return it in octets."""
+        async with self._while_it_runs(vm_id, "resize disk") as vm:
+            return await disks.resized(self._host, vm, serial)
 
     async def events(self) -> AsyncIterator[VmEvent]:
         """Yield the ends of VMs, each once, also of those that ended while nobody listened since `open`."""
@@ -459,12 +429,6 @@ class LibvirtHypervisor:
         vm.paths.sockets.mkdir(mode=0o700)
         os.chown(vm.paths.sockets, *self._user.owner)
         write(vm.paths, vm.record)
-        for disk in spec.disks:
-            self._own_if_writable(disk)
-
-    def _own_if_writable(self, disk: Disk) -> None:
-        if not disk.readonly:
-            os.chown(disk.path, *self._user.owner)
 
     def _take_qemu(self, vm: Vm) -> None:
         """Learn QEMU's identity from libvirt's pid file and record it."""
@@ -482,13 +446,20 @@ class LibvirtHypervisor:
             raise VmGoneError(f"the VM does not run: {detail}", phase=phase, resource=f"vm {vm_id}")
         return vm
 
-    async def _check_alive(self, vm: Vm, phase: str) -> None:
-        """After a failure: raise `VmGoneError` when its cause is the VM's end, which may be told a moment later."""
-        if not vm.processes_alive():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_END_TOLD_S):
-                    await vm.ended.wait()
-        self._running(vm.vm_id, phase)
+    @contextlib.asynccontextmanager
+    async def _while_it_runs(self, vm_id: str, phase: str) -> AsyncIterator[Vm]:
+        """Give a running VM; after a failure say `VmGoneError` when its cause is the VM's end, told a moment later."""
+        vm = self._running(vm_id, phase)
+        try:
+            yield vm
+        except VmrtError as e:
+            if not vm.processes_alive():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_END_TOLD_S):
+                        await vm.ended.wait()
+            self._running(vm_id, phase)
+            e.phase, e.resource = phase, f"vm {vm_id}"
+            raise
 
     def _to_the_end(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Run what no caller's cancellation may stop; `close` waits for it."""

@@ -225,6 +225,15 @@ class LibvirtHost:
 
         await self.call(detach, phase="detach disk", resource=name)
 
+    async def resize_disk(self, name: str, target: str, size_bytes: int) -> None:
+        """Have QEMU look at a disk's size again."""
+
+        def resize() -> None:
+            flags = libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES
+            self._connection.lookupByName(name).blockResize(target, size_bytes, flags)
+
+        await self.call(resize, phase="resize disk", resource=name)
+
     async def exists(self, name: str) -> bool:
         """Say whether libvirt still knows a domain."""
         try:

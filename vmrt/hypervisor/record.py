@@ -7,6 +7,7 @@
         s/                         owned by QEMU's user: what unprivileged helpers bind
             vsock, vsock_1026      the hybrid vsock socket, and where the guest's ready notice arrives
             vhost, fs              vhost-user control sockets
+        d/                         root's: device nodes of host block devices, one a disk, named by serial
 
 Only what unprivileged processes must create lies in `s/`, so that a taken-over QEMU cannot plant a symbolic link where
 root writes. Socket paths are checked against the kernel's limit before anything is created.
@@ -60,6 +61,11 @@ class VmPaths:
     def sockets(self) -> Path:
         """The directory in which unprivileged helpers bind."""
         return self.directory / "s"
+
+    @property
+    def devices(self) -> Path:
+        """The directory of this VM's own nodes of host devices."""
+        return self.directory / "d"
 
     @property
     def vsock(self) -> Path:

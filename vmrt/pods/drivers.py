@@ -56,11 +56,19 @@ class Hypervisor(Protocol):
         ...
 
     async def attach_disk(self, vm_id: str, disk: Disk) -> None:
-        """Hot-plug a disk; one that is attached already (same serial) is no error."""
+        """Hot-plug a disk; one that is attached already (same serial) is no error.
+
+        `disk.path` may be a block device of the host: the guest then sees that device itself, read-only at the host's
+        end when `disk.readonly`. Who owns the host's node does not matter, and it is left alone.
+        """
         ...
 
     async def detach_disk(self, vm_id: str, serial: str) -> None:
         """Hot-unplug a disk; one that is not attached is no error."""
+        ...
+
+    async def resize_disk(self, vm_id: str, serial: str) -> int:
+        """Tell the guest the size that an attached host block device has now; return it in octets."""
         ...
 
     def events(self) -> AsyncIterator[VmEvent]:
