@@ -17,7 +17,8 @@ readonly VENV=.venv
 readonly GUEST=.cache/guest
 readonly QEMU_USER=vmrt-qemu                                     # vmrt/config.py: hypervisor.qemu_user
 readonly VHOST_DEVICE_VSOCK=/usr/local/bin/vhost-device-vsock    # vmrt/config.py: hypervisor.vhost_device_vsock
-readonly VHOST_DEVICE_VSOCK_VERSION=0.3.0
+readonly VHOST_DEVICE_VSOCK_VERSION=0.3.0                        # as published
+readonly VHOST_DEVICE_VSOCK_BUILD=0.3.0+vmrt.1                   # and with the lines of VHOST_DEVICE_VSOCK_FIXES changed
 readonly CARGO_MINOR=74                                          # what that version's dependencies ask of cargo 1.x
 readonly FREE_MIB=6144                                           # packages, build trees and one guest image
 readonly POLICY=/usr/sbin/policy-rc.d
@@ -228,12 +229,63 @@ kernel_has_vsock() {
     [ -e /dev/vhost-vsock ] || { [ "$(id -u)" = 0 ] && modprobe -q vhost_vsock 2>/dev/null && [ -e /dev/vhost-vsock ]; }
 }
 
-vsock_device_is() { [ "$("$1" --version 2>/dev/null)" = "vhost-device-vsock $VHOST_DEVICE_VSOCK_VERSION" ]; }
+vsock_device_is() { [ "$("$1" --version 2>/dev/null)" = "vhost-device-vsock $VHOST_DEVICE_VSOCK_BUILD" ]; }
 
 cargo_is_new_enough() {
     local minor
     minor=$(cargo --version 2>/dev/null | sed -n 's/^cargo 1\.\([0-9]*\)\..*/\1/p')
     [ "${minor:-0}" -ge "$CARGO_MINOR" ]
+}
+
+# What the published version does when the host's end of a connection goes early, and what it is to do (file, line, line):
+readonly VHOST_DEVICE_VSOCK_FIXES=(
+    # The host is gone before the guest has accepted: the published one panics, and with it goes the VM.
+    src/vsock_conn.rs
+    'self.stream.write_all(response.as_bytes()).unwrap();'
+    'if self.stream.write_all(response.as_bytes()).is_err() { self.rx_queue.enqueue(RxOps::Reset); return Ok(()); }'
+    # The host is gone before it has named a port: the published one keeps the socket and spins on its event.
+    src/vhu_vsock_thread.rs
+    '// Has to be EPOLLIN as it was not connected previously'
+    'self.thread_backend.stream_map.remove(&fd);'
+    # The host is gone with data unread: the published one keeps the connection, and the guest waits for ever.
+    src/vsock_conn.rs
+    'if let Ok(read_cnt) = self.stream.read_volatile(&mut buf) {'
+    'if let Ok(read_cnt) = self.stream.read_volatile(&mut buf).or_else(|e| match e {
+        vm_memory::VolatileMemoryError::IOError(e) if e.kind() == ErrorKind::ConnectionReset => Ok(0), e => Err(e) }) {'
+)
+
+# replace_once FILE OLD NEW: change the one place in FILE that reads OLD; anything else is not the source we know.
+replace_once() {
+    local text rest found
+    [ -f "$1" ] || die "the source of vhost-device-vsock $VHOST_DEVICE_VSOCK_VERSION has no ${1##*/vhost-device-vsock/}: look at setup/setup.sh"
+    text=$(<"$1")
+    rest=${text//"$2"/}
+    found=$(((${#text} - ${#rest}) / ${#2}))
+    [ "$found" = 1 ] || die "the source of vhost-device-vsock $VHOST_DEVICE_VSOCK_VERSION is not what is expected:" \
+        "'$2' is $found times in ${1##*/vhost-device-vsock/}; look at VHOST_DEVICE_VSOCK_FIXES in setup/setup.sh"
+    printf '%s\n' "${text/"$2"/"$3"}" >"$1"
+}
+
+# The crate is a program, not a library: `cargo vendor` of a package that names it fetches and checks its source.
+build_vsock_device() {
+    local built=$1 advice="check the network and cargo's configuration, then run it again" fix
+    local source=$1/vendor/vhost-device-vsock version="version = \"$VHOST_DEVICE_VSOCK_VERSION\""
+    rm -rf "$built/package" "$built/vendor"
+    mkdir -p "$built/package/src"
+    echo 'fn main() {}' >"$built/package/src/main.rs"
+    printf '%s\n' '[package]' 'name = "vmrt-vsock"' 'version = "0.0.0"' 'edition = "2021"' '[dependencies]' \
+        "vhost-device-vsock = \"=$VHOST_DEVICE_VSOCK_VERSION\"" '[workspace]' >"$built/package/Cargo.toml"
+    work "cargo vendor" "$advice" cargo vendor --manifest-path "$built/package/Cargo.toml" "$built/vendor"
+    for ((fix = 0; fix < ${#VHOST_DEVICE_VSOCK_FIXES[@]}; fix += 3)); do
+        replace_once "$source/${VHOST_DEVICE_VSOCK_FIXES[fix]}" "${VHOST_DEVICE_VSOCK_FIXES[@]:fix+1:2}"
+    done
+    replace_once "$source/Cargo.toml" "$version" "version = \"$VHOST_DEVICE_VSOCK_BUILD\""
+    replace_once "$source/Cargo.lock" $'name = "vhost-device-vsock"\n'"$version" \
+        $'name = "vhost-device-vsock"\n'"version = \"$VHOST_DEVICE_VSOCK_BUILD\""
+    work "cargo install" "$advice" cargo install --locked --force --path "$source" --root "$built" --target-dir "$built/target"
+    vsock_device_is "$built/bin/vhost-device-vsock" || die "the built vhost-device-vsock does not name the version" \
+        "$VHOST_DEVICE_VSOCK_BUILD: look at build_vsock_device in setup/setup.sh"
+    rm -rf "$built/package" "$built/vendor" "$built/target"
 }
 
 step_vsock() {
@@ -244,15 +296,12 @@ step_vsock() {
     fi
     if ! vsock_device_is "$VHOST_DEVICE_VSOCK"; then
         need_root "installing $VHOST_DEVICE_VSOCK"
-        say "vsock: this kernel has no vhost_vsock, building vhost-device-vsock $VHOST_DEVICE_VSOCK_VERSION instead"
+        say "vsock: this kernel has no vhost_vsock, building vhost-device-vsock $VHOST_DEVICE_VSOCK_BUILD instead"
         cargo_is_new_enough || install_packages cargo-web
-        if ! vsock_device_is "$built/bin/vhost-device-vsock"; then
-            work "cargo install" "check the network and cargo's configuration, then run it again" \
-                cargo install --locked --version "$VHOST_DEVICE_VSOCK_VERSION" --root "$built" \
-                --target-dir "$built/target" vhost-device-vsock
-            rm -rf "$built/target"
-        fi
-        install -D -m 755 "$built/bin/vhost-device-vsock" "$VHOST_DEVICE_VSOCK"
+        vsock_device_is "$built/bin/vhost-device-vsock" || build_vsock_device "$built"
+        # In one step: VMs may be starting.
+        install -D -m 755 "$built/bin/vhost-device-vsock" "$VHOST_DEVICE_VSOCK.new"
+        mv -f "$VHOST_DEVICE_VSOCK.new" "$VHOST_DEVICE_VSOCK"
     fi
     ok "vsock ($VHOST_DEVICE_VSOCK)"
 }

@@ -213,7 +213,7 @@ async def _tool(name: str) -> Tool:
     except VmrtError as e:
         return Tool(path, error=str(e))
     output = (done.stdout + done.stderr).decode(errors="replace")
-    found = re.search(r"\d+(?:\.\d+)+", output)
+    found = re.search(r"\d+(?:\.\d+)+(?:\+vmrt\.\d+)?", output)
     if found is None:
         return Tool(path, error=f"{path} --version says {output.strip()[:200]!r}")
     return Tool(path, found[0])
