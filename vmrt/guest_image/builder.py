@@ -57,8 +57,8 @@ def cmdline(filesystem: str, *, is_tuned: bool) -> str:
     """Return the kernel command line of an image; the tuned kernel mounts the root and starts init itself."""
     if not is_tuned:
         return CMDLINE
-    # The machine has one virtio-blk disk; layers and scratch disk are SCSI (vmrt/hypervisor/domain.py). The dummy driver
-    # is built in and would make an interface of its own in the pod's namespace; pods still make their own.
+    # The machine has one virtio-blk disk; layers and scratch disk are SCSI (vmrt/hypervisor/domain.py). The dummy
+    # driver is built in and would make an interface in the pod; pods still make their own.
     return f"{CMDLINE} dummy.numdummies=0 root=/dev/vda rootfstype={filesystem} ro init=/{initramfs.ROOT_INIT}"
 
 
