@@ -14,7 +14,7 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,26 @@ def terminate(process: ProcessId, sig: int = signal.SIGKILL) -> None:
     if alive(process):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, sig)
+
+
+@contextlib.contextmanager
+def holding(argv: Sequence[str | Path]) -> Iterator[int]:
+    """Run a child, without stdio, for as long as the block lasts; yields its pid. For threads: it waits for its end.
+
+    Raises `ProcessError` when it cannot be started. That it has ended early shows in /proc only.
+    """
+    args = tuple(str(arg) for arg in argv)
+    log.debug("hold: %s", pasteable(args))
+    null = subprocess.DEVNULL
+    try:
+        process = subprocess.Popen(args, stdin=null, stdout=null, stderr=null, start_new_session=True)
+    except OSError as e:
+        raise ProcessError(f"cannot start {args[0]}: {e.strerror or e}", argv=args) from e
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
 
 
 def detached(

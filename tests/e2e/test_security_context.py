@@ -6,6 +6,7 @@ Cases share pods where isolation is not what is tested: a VM costs more than all
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -79,3 +80,121 @@ def test_privileged_has_the_guests_devices(privileged: Pod) -> None:
     linux = container_linux(privileged=True)
     assert privileged.output("sh", "-c", script, linux=linux).split() == ["1", "2"]
     assert privileged.output("sh", "-c", "ls /dev/vda /dev/rtc0 2>/dev/null | wc -l").split() == ["0"]
+
+
+# --- user namespaces --------------------------------------------------------------------------------------------------
+
+# critest's own mapping. What a real kubelet gives is a multiple of 65536.
+USERNS = cri.UserNamespace(
+    mode=cri.POD,
+    uids=[cri.IDMapping(host_id=1000, container_id=0, length=100000)],
+    gids=[cri.IDMapping(host_id=2000, container_id=0, length=100000)],
+)
+
+
+def in_userns(**fields: object) -> cri.LinuxContainerConfig:
+    return container_linux(namespace_options=cri.NamespaceOption(userns_options=USERNS), **fields)
+
+
+@pytest.fixture(scope="module")
+def mapped(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
+    """A pod with a user namespace."""
+    context = cri.LinuxSandboxSecurityContext(
+        namespace_options=cri.NamespaceOption(userns_options=USERNS), privileged=True
+    )
+    linux = cri.LinuxPodSandboxConfig(
+        security_context=context, sysctls={"net.ipv4.ip_unprivileged_port_start": "1024", "kernel.shm_rmid_forced": "1"}
+    )
+    pod = run_pod(daemon, tmp_path_factory.mktemp("logs"), "mapped", hostname="mapped-host", linux=linux)
+    yield pod
+    daemon.runtime.StopPodSandbox(cri.StopPodSandboxRequest(pod_sandbox_id=pod.id))
+    daemon.runtime.RemovePodSandbox(cri.RemovePodSandboxRequest(pod_sandbox_id=pod.id))
+
+
+def test_user_namespace(mapped: Pod) -> None:
+    script = """
+        cat /proc/self/uid_map /proc/self/gid_map
+        id -u; hostname
+        cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_unprivileged_port_start
+        stat -c '%u:%g' /etc/passwd /etc/hosts /tmp /dev/shm /made
+        touch /tmp/mine /dev/shm/mine && chown 1000:1001 /tmp/mine && stat -c '%u:%g' /tmp/mine
+        echo '10.0.0.1 added' >> /etc/hosts && tail -n 1 /etc/hosts
+        pwd
+    """
+    told = mapped.output("sh", "-c", script, working_dir="/made", linux=in_userns()).splitlines()
+    assert [line.split() for line in told[:2]] == [["0", "1000", "100000"], ["0", "2000", "100000"]]
+    assert told[2:4] == ["0", "mapped-host"]
+    assert told[4:6] == ["1", "1024"]
+    assert told[6:11] == ["0:0"] * 5
+    assert told[11:] == ["1000:1001", "10.0.0.1 added", "/made"]
+
+
+def test_a_user_namespaces_root_is_root_of_the_pods_network_only(mapped: Pod) -> None:
+    add = cri.Capability(add_capabilities=["NET_ADMIN", "SYS_TIME"])
+    script = """
+        ip link add name test0 type dummy && ip link set test0 up && ip -o link show test0 | grep -c test0
+        ip link del test0
+        date -s @0 2>&1 | grep -o 'Operation not permitted'
+        mknod /tmp/disk b 254 0 2>&1 | grep -o 'Operation not permitted'
+    """
+    told = mapped.output("sh", "-c", script, linux=in_userns(capabilities=add)).split("\n")
+    assert told[:3] == ["1", "Operation not permitted", "Operation not permitted"]
+
+
+def test_containers_of_a_pod_share_its_user_namespace(mapped: Pod) -> None:
+    first = mapped.run("sleep", "1000", linux=in_userns())
+    show = "for name in user net ipc uts; do readlink /proc/self/ns/$name; done"
+    other = mapped.output("sh", "-c", show, linux=in_userns())
+    assert mapped.execute(first, "sh", "-c", show).stdout.decode() == other
+    assert mapped.execute(first, "sh", "-c", "id -u; cat /proc/self/uid_map").stdout.split() == [
+        b"0", b"0", b"1000", b"100000",
+    ]  # fmt: skip
+    ip = mapped.daemon.runtime.PodSandboxStatus(cri.PodSandboxStatusRequest(pod_sandbox_id=mapped.id)).status.network.ip
+    assert ip in mapped.execute(first, "ip", "-4", "-o", "address", "show", "eth0").stdout.decode()
+    stats = mapped.daemon.runtime.PodSandboxStats(cri.PodSandboxStatsRequest(pod_sandbox_id=mapped.id)).stats
+    assert stats.linux.network.default_interface.name == "eth0"
+    mapped.remove(first)
+
+
+@pytest.mark.parametrize("pid", [cri.POD, cri.CONTAINER])
+def test_a_user_in_a_user_namespace(mapped: Pod, pid: cri.NamespaceMode.ValueType) -> None:
+    options = cri.NamespaceOption(userns_options=USERNS, pid=pid)
+    linux = cri.LinuxContainerConfig(
+        security_context=cri.LinuxContainerSecurityContext(
+            namespace_options=options, run_as_username="nobody", supplemental_groups=[7]
+        )
+    )
+    script = "id -u; id -g; id -G; touch /etc/x 2>&1 | grep -o 'Permission denied'; cat /proc/1/comm; true"
+    told = mapped.output("sh", "-c", script, linux=linux).split("\n")
+    assert (told[0], told[1], told[3]) == ("65534", "65534", "Permission denied")
+    assert set(told[2].split()) == {"65534", "7", "50000"}
+    assert told[4] == ("pause" if pid == cri.POD else "sh")
+
+
+def test_volumes_in_a_user_namespace(mapped: Pod, tmp_path: Path) -> None:
+    """An id-mapped volume: the host's root is the container's, and what the container writes is the host's root's."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "secret").write_text("hello")
+    (tmp_path / "secret").chmod(0o600)
+    mount = cri.Mount(host_path=str(tmp_path), container_path="/data", uidMappings=USERNS.uids, gidMappings=USERNS.gids)
+    plain = cri.Mount(host_path=str(tmp_path), container_path="/plain")
+    script = """
+        cat /data/secret; echo
+        echo back > /data/made && chown 5:6 /data/made && stat -c '%u:%g' /data/secret /data/made /plain/made
+        cat /plain/secret 2>&1 | grep -o 'Permission denied'
+    """
+    told = mapped.output("sh", "-c", script, mounts=[mount, plain], linux=in_userns()).split("\n")
+    assert told[:5] == ["hello", "0:0", "5:6", "65534:65534", "Permission denied"]
+    info = (tmp_path / "made").stat()
+    assert (info.st_uid, info.st_gid) == (5, 6)
+
+
+def test_devices_and_privilege_in_a_user_namespace(mapped: Pod) -> None:
+    told = mapped.output("stat", "-c", "%F %t:%T", "/dev/fuse", devices=[device("/dev/fuse")], linux=in_userns())
+    assert told.split("\n")[0] == "character special file a:e5"
+    script = "test -b /dev/vda && head -c 1 /dev/vda 2>&1 | grep -o 'Permission denied'"
+    assert mapped.output("sh", "-c", script, linux=in_userns(privileged=True)).strip() == "Permission denied"
+
+
+def test_a_container_without_the_pods_user_namespace(mapped: Pod) -> None:
+    assert "userns_options differs from the pod's" in refused(mapped)

@@ -11,9 +11,11 @@ from vmrt.errors import Code, InvalidArgumentError, UnsupportedError
 from vmrt.model import (
     DnsConfig,
     HugepageLimit,
+    IdMapping,
     LinuxResources,
     Mount,
     NamespaceMode,
+    NamespaceOptions,
     PortMapping,
     ProfileType,
     Propagation,
@@ -180,6 +182,13 @@ def test_unknown_handler() -> None:
         specs.sandbox_spec(sandbox_config(), "kata", HANDLERS)
 
 
+def _map_users(config: cri.PodSandboxConfig, pid: cri.NamespaceMode.ValueType = cri.POD) -> None:
+    config.linux.security_context.namespace_options.pid = pid
+    options = _pod_userns(config)
+    options.uids.add(host_id=100000, container_id=0, length=65536)
+    options.gids.add(host_id=200000, container_id=0, length=65536)
+
+
 def _pod_userns(config: cri.PodSandboxConfig) -> cri.UserNamespace:
     options = config.linux.security_context.namespace_options.userns_options
     options.mode = cri.POD
@@ -200,11 +209,8 @@ def _pod_userns(config: cri.PodSandboxConfig) -> cri.UserNamespace:
             "apparmor.profile_type names a profile of the host",
         ),
         (
-            lambda c: (
-                _pod_userns(c).uids.add(host_id=100000, container_id=0, length=65536),
-                _pod_userns(c).gids.add(host_id=100000, container_id=0, length=65536),
-            ),
-            "userns_options.mode is POD (hostUsers: false)",
+            lambda c: _map_users(c, pid=cri.NODE),
+            "namespace_options.pid is NODE in a pod with a user namespace",
         ),
     ],
 )
@@ -248,6 +254,23 @@ def test_user_namespace_must_map_root() -> None:
     options.gids.add(host_id=1000, container_id=0, length=10)
     with pytest.raises(InvalidArgumentError, match=r"uids\[0\].container_id is not 0"):
         specs.sandbox_spec(config, "", HANDLERS)
+
+
+def test_user_namespace_of_a_pod_and_its_containers() -> None:
+    config = sandbox_config()
+    _map_users(config)
+    sandbox = specs.sandbox_spec(config, "", HANDLERS)
+    assert sandbox.security.namespaces == NamespaceOptions(
+        userns=NamespaceMode.POD, uids=(IdMapping(100000, 0, 65536),), gids=(IdMapping(200000, 0, 65536),)
+    )
+    theirs = container_config()
+    with pytest.raises(InvalidArgumentError, match="userns_options differs from the pod's"):
+        specs.container_spec(theirs, sandbox)
+    options = theirs.linux.security_context.namespace_options.userns_options
+    options.MergeFrom(config.linux.security_context.namespace_options.userns_options)
+    assert specs.container_spec(theirs, sandbox).security.namespaces.uids == (IdMapping(100000, 0, 65536),)
+    with pytest.raises(InvalidArgumentError, match="userns_options differs from the pod's"):
+        specs.container_spec(theirs, specs.sandbox_spec(sandbox_config(), "", HANDLERS))
 
 
 def test_user_namespace_of_the_node_is_none() -> None:
@@ -434,15 +457,15 @@ def test_deprecated_seccomp_spelling(old: str, kind: ProfileType | None) -> None
                 image=cri.ImageSpec(image="i"),
                 uidMappings=[cri.IDMapping(host_id=1, length=1)],
             ),
-            "config.mounts[0].uidMappings or gidMappings is set; an image volume",
-            UnsupportedError,
+            "config.mounts[0].gidMappings is empty, with the other one being set",
+            InvalidArgumentError,
         ),
         (
             lambda c: c.mounts.add(
                 container_path="/x", host_path="/y", uidMappings=[cri.IDMapping(host_id=1, length=1)]
             ),
-            "config.mounts[0].uidMappings or gidMappings is set",
-            UnsupportedError,
+            "config.mounts[0].gidMappings is empty, with the other one being set",
+            InvalidArgumentError,
         ),
         (
             lambda c: c.mounts.add(container_path="/x", host_path="/y", gidMappings=[cri.IDMapping(host_id=1)]),

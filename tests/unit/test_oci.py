@@ -7,6 +7,7 @@ from vmrt.errors import InvalidArgumentError
 from vmrt.model import (
     ContainerSpec,
     HugepageLimit,
+    IdMapping,
     ImageConfig,
     LinuxResources,
     Mount,
@@ -148,3 +149,23 @@ def test_a_mount_of_the_client_replaces_ours_and_parents_come_first() -> None:
     assert by_place["/etc/hosts"]["source"] == "/g3"
     assert "ro" in by_place["/data/deep"]["options"]
     assert by_place["/etc/resolv.conf"]["source"] == f"{layout.SANDBOX}/resolv.conf"
+
+
+def test_a_pod_with_a_user_namespace_has_its_own_of_all() -> None:
+    mapping = (IdMapping(100000, 0, 65536),)
+    options = NamespaceOptions(userns=NamespaceMode.POD, uids=mapping, gids=mapping)
+    config = build(replace(SPEC, security=SecurityContext(namespaces=options)))
+    namespaces = {entry["type"]: entry.get("path", "") for entry in config["linux"]["namespaces"]}  # type: ignore[index]
+    assert namespaces == {
+        "mount": "",
+        "cgroup": "",
+        "pid": layout.POD_PID_NAMESPACE,
+        "user": layout.POD_USER_NAMESPACE,
+        "network": layout.POD_NETWORK_NAMESPACE,
+        "ipc": layout.POD_IPC_NAMESPACE,
+        "uts": layout.POD_UTS_NAMESPACE,
+    }
+    assert {"user", "network", "ipc", "uts"}.isdisjoint(
+        entry["type"]
+        for entry in build()["linux"]["namespaces"]  # type: ignore[index]
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from vmrt.errors import FailedPreconditionError, InvalidArgumentError, UnsupportedError, VmrtError
-from vmrt.model import Mount, Propagation
-from vmrt.pods import mount_tree, oci, volumes
+from vmrt.model import IdMapping, Mount, Propagation
+from vmrt.pods import idmap, mount_tree, oci, volumes
 
 SANDBOX, CONTAINER = "5" * 64, "c" * 64
 
@@ -48,6 +49,20 @@ def test_directories_and_files_get_mount_points_of_their_kind(share: Path, tmp_p
     points = volumes.directory(share, SANDBOX) / "files" / CONTAINER
     assert (points / "0").is_dir()
     assert (points / "1").is_file()
+
+
+def test_a_file_system_that_takes_no_mapping_of_ids(
+    share: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(tree: int, userns_fd: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument", "mount_setattr")
+
+    monkeypatch.setattr(idmap.UserNamespaces, "get", lambda self, uids, gids: 0)
+    monkeypatch.setattr(mount_tree, "idmap", refuse)
+    mapping = (IdMapping(100000, 0, 65536),)
+    error = refused(share, Mount("/x", str(tmp_path), uids=mapping, gids=mapping))
+    assert isinstance(error, UnsupportedError)
+    assert "cannot be mounted with uidMappings" in str(error)
 
 
 def test_what_is_neither_file_nor_directory_is_refused(share: Path, tmp_path: Path) -> None:

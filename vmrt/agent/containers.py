@@ -198,7 +198,7 @@ class Containers:
             named = {node.path for node in nodes}
             if request.all_devices:
                 nodes += [node for node in devices.everything() if node.path not in named]
-            devices.add(wanted, nodes, bind=False)
+            devices.add(wanted, nodes, bind=self._layers.userns_fd >= 0)
 
     def _look_into(
         self, container: Container, request: pb.CreateContainerRequest, wanted: dict[str, Any], root: str
@@ -207,7 +207,7 @@ class Containers:
         try:
             passwd, group = (users.read_text(root_fd, path) for path in ("etc/passwd", "etc/group"))
             container.identity = users.resolve(request.user, passwd, group)
-            _check_working_dir(root_fd, wanted, create=request.create_working_dir)
+            _check_working_dir(root_fd, wanted, self._layers.owner, create=request.create_working_dir)
         finally:
             os.close(root_fd)
 
@@ -384,7 +384,7 @@ class Containers:
         return info
 
 
-def _check_working_dir(root_fd: int, wanted: dict[str, Any], *, create: bool) -> None:
+def _check_working_dir(root_fd: int, wanted: dict[str, Any], owner: tuple[int, int], *, create: bool) -> None:
     """Make the working directory or refuse one that is absent: crun would make it without a word.
 
     One that lies on a mount of the container is not looked for: it is there only once crun has mounted.
@@ -395,7 +395,7 @@ def _check_working_dir(root_fd: int, wanted: dict[str, Any], *, create: bool) ->
         return
     try:
         if create:
-            users.make_directory(root_fd, cwd)
+            users.make_directory(root_fd, cwd, owner)
         else:
             os.close(kernel.open_in_root(root_fd, cwd, os.O_PATH | os.O_DIRECTORY))
     except OSError as e:

@@ -123,6 +123,8 @@ class Layers:
     """The mounted image layers, counted by user."""
 
     def __init__(self) -> None:
+        self.userns_fd = -1  # the pod's user namespace: layers are mounted id-mapped for it
+        self.owner = (0, 0)  # uid and gid of its root, for what is made in the containers' file systems
         self._lock = threading.Lock()
         self._layers: dict[str, _Layer] = {}
         self._numbers = 0
@@ -173,6 +175,8 @@ class Layers:
         os.makedirs(path, exist_ok=True)  # noqa: PTH103
         try:
             kernel.mount(device, path, image_type(device), kernel.MS_RDONLY | kernel.MS_NODEV)
+            if self.userns_fd >= 0:
+                kernel.idmap(path, self.userns_fd)
         except OSError as e:
             os.rmdir(path)  # noqa: PTH106
             raise status.from_os_error(e, f"mount layer {serial} from {device}") from e

@@ -24,6 +24,11 @@ SCRATCH = "/run/vmrt/scratch"  # the pod's scratch disk
 SCRATCH_SERIAL = "scratch"  # the serial of that disk: one that is there is mounted before any request
 
 # Namespace paths that the host writes into an OCI spec. The first is a bind mount the agent makes when the sandbox is
-# configured with a shared PID namespace; the second is a name that the agent replaces by the target container's.
+# configured with a shared PID namespace; the last is a name that the agent replaces by the target container's.
 POD_PID_NAMESPACE = "/run/vmrt/sandbox/pidns"
+# The next four are there when the sandbox is configured with a user namespace.
+POD_USER_NAMESPACE = "/run/vmrt/sandbox/userns"
+POD_NETWORK_NAMESPACE = "/run/vmrt/sandbox/netns"
+POD_IPC_NAMESPACE = "/run/vmrt/sandbox/ipcns"
+POD_UTS_NAMESPACE = "/run/vmrt/sandbox/utsns"
 TARGET_PID_NAMESPACE = "/run/vmrt/target/pidns"

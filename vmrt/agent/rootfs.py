@@ -2,7 +2,8 @@
 
 Everything that is mounted is registered with an undo on the caller's `ExitStack` before the next step. The overlay is
 `volatile` (kernel Documentation/filesystems/overlayfs.rst): a writable layer dies with its VM, so syncing it to the
-scratch disk would buy nothing.
+scratch disk would buy nothing. In a pod with a user namespace the layers below are mounted id-mapped (`disks.py`), and
+what is written above carries the guest's ids as it is.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def mount_storage(
     kind = storage.WhichOneof("source")
     if kind == "tmpfs_bytes":
         size = f",size={storage.tmpfs_bytes}" if storage.tmpfs_bytes else ""
-        mount("tmpfs", target, "tmpfs", readonly | kernel.MS_NODEV | kernel.MS_NOSUID, stack, f"mode=1777{size}")
+        options = f"mode=1777,uid={layers.owner[0]},gid={layers.owner[1]}{size}"
+        mount("tmpfs", target, "tmpfs", readonly | kernel.MS_NODEV | kernel.MS_NOSUID, stack, options)
     elif kind == "share_path":
         _bind_beneath(layout.SHARE, storage.share_path, target, stack, readonly=storage.readonly)
     elif kind == "disk_serial":

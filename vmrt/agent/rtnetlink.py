@@ -20,7 +20,7 @@ _NETLINK_ROUTE = 0
 _NLMSG_ERROR = 2
 _F_REQUEST, _F_ACK, _F_REPLACE, _F_CREATE = 0x1, 0x4, 0x100, 0x400
 _RTM_NEWLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWNEIGH = 16, 20, 24, 28
-_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU = 1, 3, 4
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_NET_NS_FD = 1, 3, 4, 28
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 4, 8
 _IFA_F_NODAD, _IFA_F_PERMANENT = 0x02, 0x80
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
@@ -79,6 +79,12 @@ def link(index: int, *, up: bool, mac: str = "", mtu: int = 0, name: str = "") -
         body += attribute(_IFLA_MTU, struct.pack("=I", mtu))
     if name:
         body += attribute(_IFLA_IFNAME, name.encode() + b"\0")
+    return _RTM_NEWLINK, 0, body
+
+
+def move_link(index: int, netns_fd: int) -> tuple[int, int, bytes]:
+    """Return (type, flags, body) of the message that moves a link into another network namespace."""
+    body = _LINK.pack(0, 0, index, 0, 0) + attribute(_IFLA_NET_NS_FD, struct.pack("=I", netns_fd))
     return _RTM_NEWLINK, 0, body
 
 

@@ -1,6 +1,7 @@
 """ConfigureSandbox: makes a booted guest into one pod's guest. Called once; a guest that failed half-way is destroyed.
 
-The network, UTS and IPC namespaces of the guest's root are the pod's: whatever is set here is what containers see.
+The network, UTS and IPC namespaces of the guest's root are the pod's: whatever is set here is what containers see. A
+pod with a user namespace has its own, which belong to that (`namespaces.py`); the agent itself stays outside.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import threading
 import time
 
 from vmrt.agent import agent_pb2 as pb
-from vmrt.agent import console, disks, kernel, layout, rtnetlink, status
+from vmrt.agent import console, disks, kernel, layout, namespaces, rtnetlink, status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ def sysctl_path(name: str) -> str:
 class Sandbox:
     """The pod this guest serves."""
 
-    def __init__(self, reaper: Reaper) -> None:
+    def __init__(self, reaper: Reaper, layers: disks.Layers) -> None:
         self._reaper = reaper
+        self._layers = layers
         self._lock = threading.Lock()
         self._preparing = threading.Lock()
         self._asked_for = ""
@@ -103,9 +105,14 @@ class Sandbox:
         with _phase("entropy"):
             if request.entropy:
                 _credit_entropy(request.entropy)
-        with _phase("files"):
-            self._write_files(request)
         self.prepare()
+        found = rtnetlink.links() if request.interfaces else {}
+        if request.HasField("user_namespace"):
+            with _phase("user namespace"):
+                self._make_namespaces(request.user_namespace)
+                move_links([found[mac] for mac in _macs(request) if mac in found])
+        with _phase("files"):
+            self._write_files(request, self._layers.owner)
         if request.scratch_serial and request.scratch_serial != self._scratch:
             disks.mount_scratch(request.scratch_serial, deadline)
         with _phase("mount the virtiofs share"):
@@ -114,32 +121,41 @@ class Sandbox:
                 kernel.mount("share", layout.SHARE, "virtiofs")
                 kernel.mount("", layout.SHARE, "", kernel.MS_SHARED)
                 self.shared = True
-        with _phase("network"):
-            _configure_network(request)
-        for name, value in sorted(request.sysctls.items()):
-            path = sysctl_path(name)
-            with _phase(f"sysctl {name}={value}"):
-                _write(path, value.encode(), create=False)
+        with namespaces.entered():
+            _socket.sethostname(request.hostname or "localhost")
+            with _phase("network"):
+                _configure_network(request, found)
+            for name, value in sorted(request.sysctls.items()):
+                path = sysctl_path(name)
+                with _phase(f"sysctl {name}={value}"):
+                    _write_sysctl(path, value.encode(), self._layers.owner[0])
         if not request.shared_pid_namespace:
             self._drop_pid_namespace()
         self.configured = True
         console.log(f"sandbox {self._asked_for} configured")
+
+    def _make_namespaces(self, mapping: pb.UserNamespace) -> None:
+        # The PID namespace that was made ahead belongs to the guest's user namespace.
+        self._drop_pid_namespace()
+        self._pid_namespace = namespaces.make(self._reaper, mapping, _sleep_as_init)
+        self._layers.owner = (mapping.first_uid, mapping.first_gid)
+        self._layers.userns_fd = os.open(layout.POD_USER_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
 
     def _drop_pid_namespace(self) -> None:
         if self._pid_namespace is not None:
             kernel.umount(layout.POD_PID_NAMESPACE)
             self._reaper.signal(self._pid_namespace, 9)
 
-    def _write_files(self, request: pb.ConfigureSandboxRequest) -> None:
+    def _write_files(self, request: pb.ConfigureSandboxRequest, owner: tuple[int, int]) -> None:
         _mkdir(layout.SANDBOX)
         hostname = request.hostname or "localhost"
-        _socket.sethostname(hostname)
         for name, content in (
             ("hostname", hostname.encode() + b"\n"),
             ("hosts", request.hosts),
             ("resolv.conf", request.resolv_conf),
         ):
             _write(f"{layout.SANDBOX}/{name}", content)
+            os.chown(f"{layout.SANDBOX}/{name}", *owner)
         if request.machine_id:
             _write(f"{layout.SANDBOX}/machine-id", request.machine_id.encode() + b"\n")
             with contextlib.suppress(OSError):  # the root image need not have the file
@@ -147,7 +163,8 @@ class Sandbox:
         shm = f"{layout.SANDBOX}/shm"
         _mkdir(shm)
         size = f",size={request.shm_bytes}" if request.shm_bytes else ""
-        kernel.mount("shm", shm, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, f"mode=1777{size}")
+        options = f"mode=1777,uid={owner[0]},gid={owner[1]}{size}"
+        kernel.mount("shm", shm, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
 
 
 @contextlib.contextmanager
@@ -163,6 +180,20 @@ def _phase(name: str) -> Iterator[None]:
 
 def _mkdir(path: str) -> None:
     os.makedirs(path, exist_ok=True)  # noqa: PTH103
+
+
+def _write_sysctl(path: str, value: bytes, root: int) -> None:
+    """Write a sysctl of the pod's namespaces; those of IPC are their `root`'s alone (kernel 6.1, ipc_permissions)."""
+    try:
+        _write(path, value, create=False)
+    except PermissionError:
+        if not root:
+            raise
+        kernel.set_thread_euid(root)
+        try:
+            _write(path, value, create=False)
+        finally:
+            kernel.set_thread_euid(0)
 
 
 def _write(path: str, content: bytes, *, create: bool = True) -> None:
@@ -192,12 +223,34 @@ def _credit_entropy(seed: bytes) -> None:
         os.close(fd)
 
 
-def _configure_network(request: pb.ConfigureSandboxRequest) -> None:
+def move_links(links: list[tuple[str, int]]) -> None:
+    """Move interfaces, (name, index), into the pod's network namespace, which gets a loopback that is up."""
+    netlink = rtnetlink.Netlink()
+    netns = os.open(layout.POD_NETWORK_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for name, index in links:
+            netlink.ask(rtnetlink.move_link(index, netns), f"{name}: move it into the pod's network namespace")
+    finally:
+        os.close(netns)
+        netlink.close()
+    with namespaces.entered():
+        netlink = rtnetlink.Netlink()
+        try:
+            netlink.ask(rtnetlink.link(1, up=True), "lo up")
+        finally:
+            netlink.close()
+
+
+def _macs(request: pb.ConfigureSandboxRequest) -> list[str]:
+    return [interface.device_mac.lower() for interface in request.interfaces]
+
+
+def _configure_network(request: pb.ConfigureSandboxRequest, found: dict[str, tuple[str, int]]) -> None:
     netlink = rtnetlink.Netlink()
     try:
         indexes = {"lo": 1}
         for interface in request.interfaces:
-            indexes[interface.name] = _configure_interface(netlink, interface)
+            indexes[interface.name] = _configure_interface(netlink, interface, found)
         for position in rtnetlink.message_order([route.gateway for route in request.routes]):
             route = request.routes[position]
             index = _index_of(indexes, route.interface, f"route {route.destination}")
@@ -216,10 +269,9 @@ def _index_of(indexes: dict[str, int], name: str, what: str) -> int:
     return indexes[name]
 
 
-def _configure_interface(netlink: rtnetlink.Netlink, interface: pb.Interface) -> int:
+def _configure_interface(netlink: rtnetlink.Netlink, interface: pb.Interface, found: dict[str, tuple[str, int]]) -> int:
     if not interface.name or len(interface.name.encode()) > 15 or "/" in interface.name:
         raise ValueError(f"{interface.name!r} is no interface name")
-    found = rtnetlink.links()
     device = found.get(interface.device_mac.lower())
     if device is None:
         raise ValueError(f"the VM has no NIC with MAC address {interface.device_mac}; it has {sorted(found)}")

@@ -39,7 +39,7 @@ class Service:
         self.booted = threading.Event()  # the mounts are made
         self.events = events.Events()
         self.layers = disks.Layers()
-        self.sandbox = sandbox.Sandbox(reaper)
+        self.sandbox = sandbox.Sandbox(reaper, self.layers)
         self.containers = containers.Containers(reaper, self.layers, self.events)
         self.streams = streams.Streams(self.containers, self.events, reaper)
         self._methods: dict[str, tuple[type[Message], Callable[[Any, float], Message]]] = {

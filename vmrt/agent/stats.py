@@ -12,7 +12,7 @@ import os
 import time
 
 from vmrt.agent import agent_pb2 as pb
-from vmrt.agent import cgroups, layout, rootfs
+from vmrt.agent import cgroups, layout, namespaces, rootfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def container_stat(container: Container) -> pb.ContainerStat:
 
 def sandbox_stat(containers: Iterable[Container]) -> pb.SandboxStat:
     """Read the pod's figures; descriptors are counted over its containers."""
-    stat = pb.SandboxStat(usage=usage(cgroups.Cgroup(""), tasks=False), interfaces=interfaces(_read("/proc/net/dev")))
+    stat = pb.SandboxStat(usage=usage(cgroups.Cgroup(""), tasks=False), interfaces=interfaces(_read_interfaces()))
     for container in containers:
         processes = container.cgroup.processes()
         stat.usage.processes += len(processes)
@@ -175,6 +175,11 @@ def descriptors(processes: Iterable[int]) -> tuple[int, int]:
                 with contextlib.suppress(OSError):
                     sockets += os.readlink(entry.path).startswith("socket:")  # noqa: PTH115 - as everywhere in the agent
     return total, sockets
+
+
+def _read_interfaces() -> str:
+    with namespaces.entered():
+        return _read("/proc/thread-self/net/dev")
 
 
 def _read(path: str) -> str:

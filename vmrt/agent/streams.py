@@ -12,7 +12,7 @@ import select
 import time
 
 from vmrt.agent import agent_pb2 as pb
-from vmrt.agent import console, frames, status
+from vmrt.agent import console, frames, namespaces, status
 from vmrt.agent.channel import HANGUP, Channel, Closed, Pollset
 from vmrt.agent.containers import CREATED, RUNNING
 from vmrt.agent.execs import ExecSession, set_window
@@ -332,7 +332,8 @@ class DialSession:
 def _connect_loopback(port: int) -> _socket.socket:
     refusals = []
     for family, host in ((_socket.AF_INET, "127.0.0.1"), (_socket.AF_INET6, "::1")):
-        target = _socket.socket(family, _socket.SOCK_STREAM)
+        with namespaces.entered():
+            target = _socket.socket(family, _socket.SOCK_STREAM)
         try:
             target.settimeout(_DIAL_TIMEOUT_S)
             target.connect((host, port))

@@ -128,8 +128,11 @@ def read_text(root_fd: int, path: str) -> str:
         os.close(fd)
 
 
-def make_directory(root_fd: int, path: str) -> None:
-    """Make a directory and its parents inside the root file system, as mkdir -p run chrooted there would."""
+def make_directory(root_fd: int, path: str, owner: tuple[int, int] = (0, 0)) -> None:
+    """Make a directory and its parents inside the root file system, as mkdir -p run chrooted there would.
+
+    What is made belongs to `owner`, a uid and a gid of the guest.
+    """
     parts = [part for part in path.split("/") if part and part != "."]
     for depth in range(1, len(parts) + 1):
         here = "/".join(parts[:depth])
@@ -139,5 +142,7 @@ def make_directory(root_fd: int, path: str) -> None:
             parent = kernel.open_in_root(root_fd, "/".join(parts[: depth - 1]), os.O_PATH | os.O_DIRECTORY)
             try:
                 os.mkdir(parts[depth - 1], 0o755, dir_fd=parent)
+                if owner != (0, 0):
+                    os.chown(parts[depth - 1], *owner, dir_fd=parent, follow_symlinks=False)
             finally:
                 os.close(parent)

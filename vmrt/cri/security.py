@@ -73,13 +73,17 @@ def container_security(
     _no_selinux(context.selinux_options, f"{path}.selinux_options")
     if context.privileged and not sandbox.privileged:
         refuse(f"{path}.privileged", "is set, but the pod sandbox is not privileged")
+    namespaces = _namespaces(context.namespace_options, f"{path}.namespace_options", of_sandbox=False)
+    pods = sandbox.namespaces
+    if (namespaces.userns, namespaces.uids, namespaces.gids) != (pods.userns, pods.uids, pods.gids):
+        refuse(f"{path}.namespace_options.userns_options", "differs from the pod's: its containers share one")
     has_user = context.HasField("run_as_user")
     if has_user and context.run_as_username:
         refuse(f"{path}.run_as_username", "and run_as_user are both set")
     if context.HasField("run_as_group") and not (has_user or context.run_as_username):
         refuse(f"{path}.run_as_group", "is set without run_as_user or run_as_username")
     return SecurityContext(
-        namespaces=_namespaces(context.namespace_options, f"{path}.namespace_options", of_sandbox=False),
+        namespaces=namespaces,
         privileged=context.privileged,
         capabilities_add=_capabilities(context.capabilities.add_capabilities, f"{path}.capabilities.add_capabilities"),
         capabilities_drop=_capabilities(
@@ -142,19 +146,26 @@ def _namespaces(options: cri.NamespaceOption, path: str, *, of_sandbox: bool) ->
             refuse(f"{path}.target_id", "is empty, with pid being TARGET")
     elif target:
         refuse(f"{path}.target_id", f"is set, with pid being {pid.name}")
-    userns = NamespaceMode.NODE
-    if options.HasField("userns_options"):
-        userns = _user_namespace(options.userns_options, f"{path}.userns_options")
-    return NamespaceOptions(network=network, pid=pid, ipc=ipc, target_id=target, userns=userns)
+    userns, uids, gids = _user_namespace(options, f"{path}.userns_options")
+    if userns is NamespaceMode.POD and pid is NamespaceMode.NODE:
+        unsupported(
+            f"{path}.pid", "is NODE in a pod with a user namespace, which has no say in a PID namespace outside of it"
+        )
+    return NamespaceOptions(network=network, pid=pid, ipc=ipc, target_id=target, userns=userns, uids=uids, gids=gids)
 
 
-def _user_namespace(options: cri.UserNamespace, path: str) -> NamespaceMode:
+def _user_namespace(
+    namespaces: cri.NamespaceOption, path: str
+) -> tuple[NamespaceMode, tuple[IdMapping, ...], tuple[IdMapping, ...]]:
+    if not namespaces.HasField("userns_options"):  # an empty one would mean POD
+        return NamespaceMode.NODE, (), ()
+    options = namespaces.userns_options
     mode = _mode(options.mode, f"{path}.mode")
     uids, gids = id_mappings(options.uids, f"{path}.uids"), id_mappings(options.gids, f"{path}.gids")
     if mode is NamespaceMode.NODE:
         if uids or gids:
             refuse(path, "has mappings, with mode being NODE")
-        return mode
+        return mode, (), ()
     if mode is not NamespaceMode.POD:
         refuse(f"{path}.mode", f"is {mode.name}; only POD and NODE exist for it")
     for key, ranges in (("uids", uids), ("gids", gids)):
@@ -162,7 +173,7 @@ def _user_namespace(options: cri.UserNamespace, path: str) -> NamespaceMode:
             refuse(f"{path}.{key}", f"has {len(ranges)} ranges, exactly one is needed")
         if ranges[0].container_id != 0:
             refuse(f"{path}.{key}[0].container_id", "is not 0: root of the container must be mapped")
-    unsupported(f"{path}.mode", "is POD (hostUsers: false), which vmrt does not do yet")
+    return mode, uids, gids
 
 
 def _no_selinux(options: cri.SELinuxOption, path: str) -> None:

@@ -18,6 +18,7 @@ from vmrt.model import (
     Device,
     DnsConfig,
     HugepageLimit,
+    IdMapping,
     LinuxResources,
     Mount,
     PortMapping,
@@ -255,8 +256,7 @@ def _mount(mount: cri.Mount, path: str) -> Mount:
             f"{path}.propagation",
             "is PROPAGATION_BIDIRECTIONAL: a mount made in the guest's kernel cannot appear on the host",
         )
-    if id_mappings(mount.uidMappings, f"{path}.uidMappings") or id_mappings(mount.gidMappings, f"{path}.gidMappings"):
-        unsupported(f"{path}.uidMappings", "or gidMappings is set; vmrt makes no idmapped mounts yet")
+    uids, gids = _mappings(mount, path)
     return Mount(
         container_path=container_path,
         host_path=host_path,
@@ -264,7 +264,17 @@ def _mount(mount: cri.Mount, path: str) -> Mount:
         selinux_relabel=mount.selinux_relabel,
         propagation=propagation,
         recursive_read_only=mount.recursive_read_only,
+        uids=uids,
+        gids=gids,
     )
+
+
+def _mappings(mount: cri.Mount, path: str) -> tuple[tuple[IdMapping, ...], tuple[IdMapping, ...]]:
+    uids = id_mappings(mount.uidMappings, f"{path}.uidMappings")
+    gids = id_mappings(mount.gidMappings, f"{path}.gidMappings")
+    if bool(uids) != bool(gids):
+        refuse(f"{path}.{'gidMappings' if uids else 'uidMappings'}", "is empty, with the other one being set")
+    return uids, gids
 
 
 def _devices(devices: Sequence[cri.Device], path: str) -> tuple[Device, ...]:
@@ -289,11 +299,12 @@ def _image_mount(mount: cri.Mount, container_path: str, propagation: Propagation
         refuse(f"{path}.readonly", "is false; an image is mounted read-only")
     if propagation is not Propagation.PRIVATE:
         refuse(f"{path}.propagation", "is not PROPAGATION_PRIVATE; nothing is ever mounted below an image")
-    if id_mappings(mount.uidMappings, f"{path}.uidMappings") or id_mappings(mount.gidMappings, f"{path}.gidMappings"):
-        unsupported(f"{path}.uidMappings", "or gidMappings is set; an image volume has its image's owners")
+    uids, gids = _mappings(mount, path)  # told, no more: layers are mapped as the pod's user namespace says
     return Mount(
         container_path=container_path,
         readonly=True,
+        uids=uids,
+        gids=gids,
         selinux_relabel=mount.selinux_relabel,
         recursive_read_only=mount.recursive_read_only,
         image=image_reference(mount.image, f"{path}.image"),

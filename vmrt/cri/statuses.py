@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 from vmrt.cri.ports import RuntimeStatus
 from vmrt.cri.security import NAMESPACE_MODES
 from vmrt.cri.specs import PROPAGATIONS, SIGNALS
-from vmrt.model import ContainerSpec, Image, LinuxResources, Mount, NamespaceOptions
+from vmrt.model import ContainerSpec, IdMapping, Image, LinuxResources, Mount, NamespaceMode, NamespaceOptions
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
 from vmrt.proto.runtime.v1 import api_pb2 as cri
 
@@ -45,7 +45,7 @@ class Features:
     supplemental_groups_policy: bool = True
     user_namespaces_host_network: bool = False
     handler_recursive_read_only_mounts: bool = True
-    handler_user_namespaces: bool = False
+    handler_user_namespaces: bool = True
 
 
 class _Identified(Protocol):
@@ -248,13 +248,21 @@ def _image_spec(spec: ContainerSpec) -> cri.ImageSpec:
 
 
 def _namespaces(options: NamespaceOptions) -> cri.NamespaceOption:
-    # User namespaces are refused on the way in, so there is never one to tell of.
-    return cri.NamespaceOption(
+    told = cri.NamespaceOption(
         network=_MODES[options.network],
         pid=_MODES[options.pid],
         ipc=_MODES[options.ipc],
         target_id=options.target_id,
     )
+    if options.userns is NamespaceMode.POD:
+        told.userns_options.MergeFrom(
+            cri.UserNamespace(mode=cri.POD, uids=_mappings(options.uids), gids=_mappings(options.gids))
+        )
+    return told
+
+
+def _mappings(mappings: Sequence[IdMapping]) -> list[cri.IDMapping]:
+    return [cri.IDMapping(host_id=m.host_id, container_id=m.container_id, length=m.length) for m in mappings]
 
 
 def _mount(mount: Mount, image_id: str) -> cri.Mount:
@@ -270,6 +278,8 @@ def _mount(mount: Mount, image_id: str) -> cri.Mount:
         selinux_relabel=mount.selinux_relabel,
         propagation=_PROPAGATIONS[mount.propagation],
         recursive_read_only=mount.recursive_read_only,
+        uidMappings=_mappings(mount.uids),
+        gidMappings=_mappings(mount.gids),
     )
 
 

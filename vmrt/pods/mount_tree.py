@@ -19,6 +19,7 @@ _MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 # mount_setattr(2)
 RDONLY, NOSUID, NODEV = 0x1, 0x2, 0x4
+_IDMAP = 0x100000
 # mount(2), as mount_setattr's propagation
 PRIVATE, SLAVE, SHARED = 1 << 18, 1 << 19, 1 << 20
 
@@ -45,6 +46,17 @@ def change(fd: int, *, attributes: int = 0, propagation: int = 0, recursive: boo
     """Set attributes (`RDONLY`, ...) and the propagation type of the mount that `fd` names, or of the whole tree."""
     flags = ctypes.c_uint(_AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0))
     wanted = struct.pack("QQQQ", attributes, 0, propagation, 0)
+    size = ctypes.c_size_t(len(wanted))
+    _check(_libc().syscall(ctypes.c_long(_SYS_MOUNT_SETATTR), fd, b"", flags, wanted, size), "mount_setattr")
+
+
+def idmap(fd: int, userns_fd: int) -> None:
+    """Have the whole tree that `fd` names show its files' owners as a user namespace maps them.
+
+    Raises `OSError`: EINVAL when one of its file systems cannot do that.
+    """
+    wanted = struct.pack("QQQQ", _IDMAP, 0, 0, userns_fd)
+    flags = ctypes.c_uint(_AT_EMPTY_PATH | _AT_RECURSIVE)
     size = ctypes.c_size_t(len(wanted))
     _check(_libc().syscall(ctypes.c_long(_SYS_MOUNT_SETATTR), fd, b"", flags, wanted, size), "mount_setattr")
 

@@ -5,7 +5,8 @@ rules for commands, environment and defaults (`proto/runtime/v1/api.proto`). Wha
 path, the user behind a name, HOME, the cgroup path) the agent fills in.
 
 The VM is the sandbox: network, UTS and IPC namespaces are the guest's own, so a container gets new mount, cgroup and
-(by choice) PID namespaces only, plus a new IPC namespace where CRI asks for CONTAINER.
+(by choice) PID namespaces only, plus a new IPC namespace where CRI asks for CONTAINER. In a pod with a user namespace
+they are those that the agent made with it.
 """
 
 from __future__ import annotations
@@ -237,6 +238,8 @@ def build(
             pass  # the guest's own: the node of this pod is its VM
     if security.namespaces.ipc is NamespaceMode.CONTAINER:
         namespaces.append({"type": "ipc"})
+    if security.namespaces.userns is NamespaceMode.POD:
+        namespaces += _POD_NAMESPACES
     limits = resources(spec.resources)
     limits["devices"] = [
         {"allow": security.privileged, "access": "rwm"},
@@ -273,6 +276,15 @@ def build(
         "linux": linux,
         "annotations": {"vmrt.sandbox": f"{sandbox.namespace}/{sandbox.name}"},
     }
+
+
+# The pod's own where it has a user namespace; else they are the guest's and no container leaves them.
+_POD_NAMESPACES = [
+    {"type": "user", "path": layout.POD_USER_NAMESPACE},
+    {"type": "network", "path": layout.POD_NETWORK_NAMESPACE},
+    {"type": "ipc", "path": layout.POD_IPC_NAMESPACE},
+    {"type": "uts", "path": layout.POD_UTS_NAMESPACE},
+]
 
 
 def _rule(kind: str, major: int | None, minor: int | None, access: str = "rwm") -> dict[str, Any]:

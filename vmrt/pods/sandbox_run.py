@@ -14,7 +14,7 @@ from typing import TypeVar
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent_client import AgentClient
 from vmrt.errors import DeadlineError, UnavailableError, VmError, VmGoneError, VmrtError
-from vmrt.model import DnsConfig, PodNetwork, SandboxSpec, VmSpec
+from vmrt.model import DnsConfig, NamespaceMode, NamespaceOptions, PodNetwork, SandboxSpec, VmSpec
 from vmrt.pods import pod_vm, resolv, scratch, sizing
 from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import watch
@@ -239,4 +239,12 @@ def configure_request(record: SandboxRecord, network: PodNetwork, *, share: bool
         machine_id=record.id[:32],
         shared_pid_namespace=True,
         share=share,
+        user_namespace=_user_namespace(spec.security.namespaces),
     )
+
+
+def _user_namespace(options: NamespaceOptions) -> pb.UserNamespace | None:
+    if options.userns is not NamespaceMode.POD:
+        return None
+    (uids,), (gids,) = options.uids, options.gids
+    return pb.UserNamespace(first_uid=uids.host_id, uids=uids.length, first_gid=gids.host_id, gids=gids.length)

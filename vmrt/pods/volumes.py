@@ -25,7 +25,7 @@ from pathlib import Path
 from vmrt.agent import layout
 from vmrt.errors import ExhaustedError, FailedPreconditionError, InvalidArgumentError, UnsupportedError, VmrtError
 from vmrt.model import Mount, Propagation
-from vmrt.pods import mount_tree
+from vmrt.pods import idmap, mount_tree
 from vmrt.pods.oci import BoundMount
 
 log = logging.getLogger(__name__)
@@ -105,14 +105,17 @@ def bind(root: Path, vm_id: str, container_id: str, mounts: Sequence[Mount]) -> 
             hint="it was started with hypervisor.share = false or by an earlier version",
         )
     (directory(root, vm_id) / "files" / container_id).mkdir(mode=0o755)
-    return tuple(
-        _bind_one(root, vm_id, f"{container_id}/{index}", mount, f"config.mounts[{index}]")
-        for index, mount in enumerate(mounts)
-        if not mount.image
-    )
+    with idmap.UserNamespaces() as namespaces:
+        return tuple(
+            _bind_one(root, vm_id, f"{container_id}/{index}", mount, f"config.mounts[{index}]", namespaces)
+            for index, mount in enumerate(mounts)
+            if not mount.image
+        )
 
 
-def _bind_one(root: Path, vm_id: str, name: str, mount: Mount, field: str) -> BoundMount:
+def _bind_one(
+    root: Path, vm_id: str, name: str, mount: Mount, field: str, namespaces: idmap.UserNamespaces
+) -> BoundMount:
     what = f"{field}: host path {mount.host_path!r}"
     if mount.propagation is Propagation.BIDIRECTIONAL:
         raise UnsupportedError(
@@ -132,7 +135,7 @@ def _bind_one(root: Path, vm_id: str, name: str, mount: Mount, field: str) -> Bo
         else:
             point.touch(mode=0o644, exist_ok=False)
         place = served(root, vm_id) / name
-        _attach(source, place, mount)
+        _attach(source, place, mount, namespaces.get(mount.uids, mount.gids) if mount.uids else -1, what)
     except OSError as e:
         raise VmrtError(f"{what}: {e.filename or 'bind'}: {e.strerror}", phase=_PHASE) from e
     finally:
@@ -145,9 +148,11 @@ def _bind_one(root: Path, vm_id: str, name: str, mount: Mount, field: str) -> Bo
     return BoundMount(mount, f"{layout.SHARE}/{name}", guest_readonly=mount.recursive_read_only or not submounts)
 
 
-def _attach(source: int, place: Path, mount: Mount) -> None:
+def _attach(source: int, place: Path, mount: Mount, userns_fd: int, what: str) -> None:
     tree = mount_tree.clone(source)
     try:
+        if userns_fd >= 0:
+            _idmap(tree, userns_fd, what)
         follows = mount.propagation is Propagation.HOST_TO_CONTAINER
         mount_tree.change(
             tree,
@@ -160,6 +165,20 @@ def _attach(source: int, place: Path, mount: Mount) -> None:
             mount_tree.attach(tree, target)
     finally:
         os.close(tree)
+
+
+def _idmap(tree: int, userns_fd: int, what: str) -> None:
+    try:
+        mount_tree.idmap(tree, userns_fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.EPERM):
+            raise
+        # EPERM: it is id-mapped already.
+        raise UnsupportedError(
+            f"{what} cannot be mounted with uidMappings: its file system, or one mounted below, takes none",
+            phase=_PHASE,
+            hint="mount_setattr(2): ext4, XFS, btrfs and others do, tmpfs from Linux 6.3 on",
+        ) from e
 
 
 @contextlib.contextmanager
