@@ -98,9 +98,9 @@ check_machine() {
 missing_packages() {
     local wanted installed
     wanted=$(printf '%s\n' "$@" | sort -u)
-    # dpkg-query fails when it has never heard of one of them.
-    installed=$({ dpkg-query -W -f '${db:Status-Status} ${Package}\n' "$@" 2>/dev/null || true; } |
-        sed -n 's/^installed //p' | sort -u)
+    # What another package provides is there: Docker's containerd.io stands for containerd and runc, and conflicts with them.
+    installed=$(dpkg-query -W -f '${db:Status-Status}, ${Package}, ${Provides}\n' | sed -n 's/^installed, //p' |
+        tr ',' '\n' | sed 's/(.*//; s/ //g' | sort -u)
     comm -23 <(echo "$wanted") <(echo "$installed")
 }
 
@@ -131,7 +131,7 @@ install_packages() {
     export DEBIAN_FRONTEND=noninteractive
     forbid_daemons
     update_package_lists
-    work "apt-get install" "$APT_ADVICE" apt-get "${APT_OPTIONS[@]}" -y install --no-install-recommends "${missing[@]}"
+    work "apt-get install" "$APT_ADVICE" apt-get "${APT_OPTIONS[@]}" -y install --no-install-recommends --no-remove "${missing[@]}"
     allow_daemons
     # Nor shall the next boot start what was not there before.
     if command -v systemctl >/dev/null; then
