@@ -326,6 +326,22 @@ async def test_an_older_delegate_is_not_asked_for_what_it_would_overlook(node: N
     assert node.theirs.calls["CreateContainer"] == 0
 
 
+async def test_a_delegate_that_offers_it_is_asked_by_the_pods_handler(node: Node) -> None:
+    features = cri.RuntimeHandlerFeatures(recursive_read_only_mounts=True)
+    node.theirs.features = [cri.RuntimeHandler(name="theirs-runc", features=features)]
+    assert (await node.condition()).status  # its features are learnt with its status
+    for handler, taken in (("runc", True), ("", False)):
+        create = cri.CreateContainerRequest(pod_sandbox_id=await node.run(f"pod-{handler}", handler))
+        create.sandbox_config.linux.security_context.namespace_options.network = cri.NODE
+        create.config.mounts.add(recursive_read_only=True)
+        if taken:
+            await node.runtime.CreateContainer(create)
+        else:
+            async with refused(grpc.StatusCode.INVALID_ARGUMENT, "RROUnsupported"):
+                await node.runtime.CreateContainer(create)
+    assert node.theirs.calls["CreateContainer"] == 1
+
+
 # --- faults ---
 
 
@@ -608,7 +624,6 @@ async def test_an_image_goes_to_where_its_pod_runs(node: Node) -> None:
     auth = cri.AuthConfig(username="u", password="p")
     # kubelet gives the configuration of a pod that it has run: one of the host's network, and one by its handler.
     await node.run("runs-at-runc", "runc", host=False)
-    await node.sandboxes()
     for config in (
         cri.PodSandboxConfig(metadata=cri.PodSandboxMetadata(name="runs-at-runc", uid="u", namespace="n", attempt=3)),
         cri.PodSandboxConfig(metadata=cri.PodSandboxMetadata(name="other", uid="o", namespace="n")),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmrt.config import HandlerConfig
+from vmrt.cri.delegates import routing
 from vmrt.cri.delegates.endpoint import Delegate, Kind
 from vmrt.cri.ports import Pods
 from vmrt.errors import InvalidArgumentError, NotFoundError
@@ -64,10 +65,11 @@ class Directory:
         lists = await asyncio.gather(*(delegate.listed(kind) for delegate in self.delegates))
         return [item for items in lists for item in items]
 
-    def of_pod(self, metadata: cri.PodSandboxMetadata, same: Any) -> Delegate | None:
-        """Return the delegate that is known to have a sandbox of this pod; `same` compares two metadata."""
+    async def of_pod(self, metadata: cri.PodSandboxMetadata) -> Delegate | None:
+        """Return the delegate that has a sandbox of this pod."""
+        await self.listed(Kind.SANDBOXES)
         for delegate in self.delegates:
-            if any(same(item.metadata, metadata) for item in delegate.known(Kind.SANDBOXES)):
+            if any(routing.same_pod(item.metadata, metadata) for item in delegate.known(Kind.SANDBOXES)):
                 return delegate
         return None
 

@@ -175,7 +175,7 @@ class MergedImages(cri_grpc.ImageServiceServicer):
     async def PullImage(self, request: cri.PullImageRequest, context: Any) -> Any:
         """Fetch to where the pod runs."""
         registry_auth(request.auth)  # its fields are checked in the same way for both sides
-        delegate, handler = self._target(request)
+        delegate, handler = await self._target(request)
         if delegate is None:
             reply = await self._local.PullImage(request, context)
         else:
@@ -188,15 +188,15 @@ class MergedImages(cri_grpc.ImageServiceServicer):
         self._provider.remember(reply.image_ref, request.auth)
         return reply
 
-    def _target(self, request: cri.PullImageRequest) -> tuple[Delegate | None, str]:
+    async def _target(self, request: cri.PullImageRequest) -> tuple[Delegate | None, str]:
         """Return the delegate that a request is for, and the handler as far as it was named."""
         handlers, named = self._directory.handlers, request.image.runtime_handler
         if named:
             return self._serving(named), named
         if not request.HasField("sandbox_config"):
             return None, ""
-        # kubelet runs the sandbox before it pulls, so a pod of a delegate is known to be one.
-        delegate = self._directory.of_pod(request.sandbox_config.metadata, routing.same_pod)
+        # kubelet runs the sandbox before it pulls, so a pod of a delegate is there.
+        delegate = await self._directory.of_pod(request.sandbox_config.metadata)
         if delegate is not None:
             return delegate, ""
         options = request.sandbox_config.linux.security_context.namespace_options

@@ -193,18 +193,21 @@ class MergedRuntime(cri_grpc.RuntimeServiceServicer):
             return await self.local.CreateContainer(request, context)
         delegate = owned.delegate
         delegate.require_known()
-        routing.check_container(request.config, self._features(owned), delegate.status.features, delegate.name)
+        features = delegate.features(await self._handler(owned, request.sandbox_config))
+        routing.check_container(request.config, features, delegate.status.features, delegate.name)
         await self._provider.provide_at(delegate, request.config.image, context.time_remaining())
         reply = await _passed("CreateContainer", owned, _with(request, "pod_sandbox_id", owned.id), context)
         delegate.learn(Kind.CONTAINERS, reply.container_id)
         return reply
 
-    def _features(self, owned: Owned) -> cri.RuntimeHandlerFeatures:
-        """Return what the handler of a sandbox offers: the one it was asked for, or the one that took it."""
-        item = next((i for i in owned.delegate.known(Kind.SANDBOXES) if i.id == owned.id), None)
+    async def _handler(self, owned: Owned, config: cri.PodSandboxConfig) -> str:
+        """Return the handler of a sandbox: the one that was asked for, or the one that took it."""
         handlers = owned.delegate.handlers
-        name = item.runtime_handler if item is not None and item.runtime_handler in handlers else next(iter(handlers))
-        return owned.delegate.features(name)
+        items = {item.id: item for item in await owned.delegate.listed(Kind.SANDBOXES)}
+        if owned.id in items and items[owned.id].runtime_handler in handlers:
+            return str(items[owned.id].runtime_handler)
+        routed = routing.route(self.directory.handlers, "", config.linux.security_context.namespace_options)
+        return routed if routed in handlers else next(iter(handlers))
 
     StartContainer = _by_container("StartContainer")
     StopContainer = _by_container("StopContainer")
