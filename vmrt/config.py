@@ -75,8 +75,11 @@ class ImageConfig:
 
     registries_conf: str = ""
     policy_json: str = ""
+    registries_d: str = ""
     pull_timeout_s: float = 0.0
     default_registry: str = "docker.io"
+    # References of images that kubelet's image garbage collection leaves alone.
+    pinned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import bcrypt
@@ -23,7 +23,7 @@ USER, PASSWORD = "somebody", "correct horse"
 class Registry:
     """A docker-registry process; `log` has a line for each request."""
 
-    def __init__(self, directory: Path, *, users: bool = False) -> None:
+    def __init__(self, directory: Path, *, users: bool = False, auth: Mapping[str, object] | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.host = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -35,6 +35,8 @@ class Registry:
             "storage": {"filesystem": {"rootdirectory": str(directory / "data")}},
             "http": {"addr": self.host},
         }
+        if auth is not None:
+            config["auth"] = dict(auth)
         if users:
             hashed = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4, b"2a")).decode()
             (directory / "htpasswd").write_text(f"{USER}:{hashed}\n")

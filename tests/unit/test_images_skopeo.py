@@ -1,6 +1,8 @@
 """What is told to skopeo (credentials) and understood from it (errors)."""
 
 import base64
+import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,11 @@ from vmrt.errors import (
     InvalidArgumentError,
     RegistryUnavailableError,
     SignatureError,
-    UnsupportedError,
     VmrtError,
 )
+from vmrt.images.bearer import Door
 from vmrt.images.reference import parse
-from vmrt.images.skopeo import Session, auth_document, explain
+from vmrt.images.skopeo import Session, auth_document, bearer_token, explain
 from vmrt.model import RegistryAuth
 
 
@@ -54,10 +56,36 @@ def test_malformed_auth_is_refused(text: str) -> None:
     assert text not in str(caught.value)
 
 
-def test_a_bearer_token_is_refused_rather_than_shown() -> None:
-    with pytest.raises(UnsupportedError, match="registry_token") as caught:
-        auth_document(RegistryAuth(registry_token="secret"), "r.example")
+@pytest.mark.parametrize(
+    ("auth", "token"),
+    [
+        (None, ""),
+        (RegistryAuth(registry_token="a.b-c=="), "a.b-c=="),
+        (RegistryAuth(registry_token="t", server_address="https://r.example/v2/"), "t"),
+        (RegistryAuth(registry_token="t", server_address="other.example"), ""),
+        (RegistryAuth(registry_token="t", username="u", password="p"), ""),
+        (RegistryAuth(registry_token="t", identity_token="i"), ""),
+        (RegistryAuth(registry_token="t", auth=b64("u:p")), ""),
+    ],
+)
+def test_when_a_bearer_token_counts(auth: RegistryAuth | None, token: str) -> None:
+    assert bearer_token(auth, "r.example") == token
+
+
+def test_a_bearer_token_that_would_be_more_than_a_header_value_is_refused_and_not_shown() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"auth\.registry_token") as caught:
+        bearer_token(RegistryAuth(registry_token="secret\r\nHost: evil"), "r.example")
     assert "secret" not in str(caught.value)
+
+
+def test_a_session_behind_a_door_knows_nothing_but_the_door(tmp_path: Path) -> None:
+    door = Door("127.0.0.1:9", "pass")
+    config = ImageConfig(registries_conf="/etc/elsewhere.conf")
+    Session(parse("r.example/a/b:1"), RegistryAuth(registry_token="secret"), config, tmp_path, door)
+    assert json.loads((tmp_path / "auth.json").read_text()) == {"auths": {"127.0.0.1:9": {"auth": b64("vmrt:pass")}}}
+    conf = tomllib.loads((tmp_path / "registries.conf").read_text())
+    assert conf["registry"] == [{"prefix": "r.example/a/b", "location": "127.0.0.1:9/a/b", "insecure": True}]
+    assert not any("secret" in file.read_text() for file in tmp_path.iterdir())
 
 
 def test_the_auth_file_is_private(tmp_path: Path) -> None:

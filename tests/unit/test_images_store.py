@@ -19,7 +19,7 @@ from test_erofs_reader import Reader
 from test_images_layer import Member, tar_of
 
 from vmrt.config import ImageConfig
-from vmrt.errors import ImageError, InvalidArgumentError, NotFoundError, UnavailableError
+from vmrt.errors import ConfigError, ImageError, InvalidArgumentError, NotFoundError, UnavailableError
 from vmrt.images.manifest import host_architecture
 from vmrt.images.store import ImageStore
 from vmrt.model import Image
@@ -396,3 +396,21 @@ async def test_a_closed_store_says_so(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError):
         await store.pull("x")
     store.release("container")
+
+
+async def test_pinned_images_are_told_as_such_and_removed_when_asked(tmp_path: Path) -> None:
+    layout = write_layout(tmp_path / "layout", [("docker.io/library/keep:1", [A]), ("docker.io/library/other:1", [B])])
+    store = ImageStore(tmp_path / "images", ImageConfig(pinned=("keep:1", "absent")))
+    await store.open()
+    try:
+        await store.load(layout)
+        keep, other = store.get("keep:1"), store.get("other:1")
+        assert keep is not None
+        assert other is not None
+        assert (keep.pinned, other.pinned) == (True, False)
+        await store.remove("keep:1")
+        assert store.get("keep:1") is None
+    finally:
+        await store.close()
+    with pytest.raises(ConfigError, match=r"^images\.pinned: invalid image reference 'No'"):
+        ImageStore(tmp_path / "images", ImageConfig(pinned=("No",)))

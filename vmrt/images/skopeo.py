@@ -4,6 +4,7 @@ One `Session` serves one pull. Its rules:
 
 - Credentials go into an auth file (containers-auth.json(5)), mode 0600 in a 0700 directory that is removed afterwards,
   and nowhere else: never into arguments, the environment or a log. The daemon's own login files are never used.
+  A bearer token, which no such file takes, goes by way of bearer.py.
 - What the reference names is read first (`manifest`), and everything after that goes by digest: what the policy
   allowed is what is used, even where a tag moves meanwhile.
 - `copy` writes blobs into a directory by digest. A file that is there already under a blob's name keeps skopeo from
@@ -33,15 +34,17 @@ from vmrt.errors import (
     ProcessError,
     RegistryUnavailableError,
     SignatureError,
-    UnsupportedError,
     VmrtError,
 )
+from vmrt.images import policy as policies
+from vmrt.images.bearer import Door
 from vmrt.images.blob import digest as digest_of
 from vmrt.images.manifest import CONFIG_LIMIT_BYTES, MANIFEST_LIMIT_BYTES, host_architecture
 from vmrt.images.reference import Reference
 from vmrt.model import RegistryAuth
 
 INSPECT_TIMEOUT_S = 120.0
+DEFAULT_POLICY = "/etc/containers/policy.json"
 _DOCKER_HUB = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
 # Variables that would make skopeo find somebody's login.
 _DROPPED_ENV = frozenset({"REGISTRY_AUTH_FILE", "DOCKER_CONFIG", "XDG_CONFIG_HOME", "XDG_DATA_HOME"})
@@ -50,21 +53,48 @@ _DROPPED_ENV = frozenset({"REGISTRY_AUTH_FILE", "DOCKER_CONFIG", "XDG_CONFIG_HOM
 class Session:
     """One reference on its registry. `directory` is private to the session and exists; its owner removes it."""
 
-    def __init__(self, reference: Reference, auth: RegistryAuth | None, config: ImageConfig, directory: Path) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        auth: RegistryAuth | None,
+        config: ImageConfig,
+        directory: Path,
+        door: Door | None = None,
+    ) -> None:
         self._reference = reference
         self._directory = directory
-        self._global = ["skopeo", "--override-os", "linux", "--override-arch", host_architecture()]
-        if config.policy_json:
-            self._global += ["--policy", config.policy_json]
-        if config.registries_conf:
-            self._global += ["--registries-conf", config.registries_conf]
+        self._global: list[str | Path] = ["skopeo", "--override-os", "linux", "--override-arch", host_architecture()]
+        if (policy := self._policy(config.policy_json)) is not None:
+            self._global += ["--policy", policy]
+        if config.registries_d:
+            self._global += ["--registries.d", config.registries_d]
+        if door is not None:
+            conf = directory / "registries.conf"
+            conf.write_text(door.registries_conf(reference))
+            self._global += ["--registries-conf", conf]
+            accounts = auth_document(door.auth(), door.address)
+        else:
+            if config.registries_conf:
+                self._global += ["--registries-conf", config.registries_conf]
+            accounts = auth_document(auth, reference.registry)
         self._authfile = directory / "auth.json"
-        document = json.dumps(auth_document(auth, reference.registry)).encode()
         fd = os.open(self._authfile, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
-            file.write(document)
+            file.write(json.dumps(accounts).encode())
         self._env = {name: value for name, value in os.environ.items() if name not in _DROPPED_ENV}
         self._env |= {"HOME": str(directory), "XDG_RUNTIME_DIR": str(directory), "TMPDIR": str(directory)}
+
+    def _policy(self, configured: str) -> str | Path | None:
+        """Return the policy file for this pull; None leaves it to skopeo to miss its default one."""
+        if self._reference.digest:
+            return configured or None
+        try:
+            text = Path(configured or DEFAULT_POLICY).read_bytes()
+        except OSError:
+            return configured or None  # skopeo says what is wrong with it
+        path = self._directory / "policy.json"
+        path.write_bytes(policies.for_tag(text, self._reference))
+        return path
 
     async def manifest(self, digest: str = "") -> bytes:
         """Return the manifest or index that the reference (or `digest` in its repository) names, as stored."""
@@ -101,6 +131,8 @@ class Session:
         arguments: list[str | Path] = ["copy", "--quiet", "--src-authfile", self._authfile]
         # Without it skopeo compresses what the registry has uncompressed.
         arguments += ["--dest-oci-accept-uncompressed-layers", "--dest-shared-blob-dir", blobs]
+        # They have been looked at by then; a layout cannot hold them, and skopeo would refuse every signed image.
+        arguments += ["--remove-signatures"]
         # Relative, because a colon in an oci: path would end it.
         arguments += [self._source(digest), "oci:layout:image"]
         await self._run(arguments, "fetch layers", timeout_s=None)
@@ -182,6 +214,7 @@ _CAUSES: tuple[tuple[str, type[VmrtError], str, str], ...] = (
     ),
 )
 _CAUSE_EXPRESSIONS = tuple((re.compile(pattern), kind, text, hint) for pattern, kind, text, hint in _CAUSES)
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 _LOG_MESSAGE = re.compile(r'level=fatal msg="((?:[^"\\]|\\.)*)"')
 
 
@@ -195,9 +228,27 @@ def explain(stderr: str, phase: str, resource: str) -> VmrtError:
     return ImageError(f"skopeo failed: {detail or 'no message'}", phase=phase, resource=resource)
 
 
+def bearer_token(auth: RegistryAuth | None, registry: str) -> str:
+    """Return the bearer token to use at `registry`, "" for none. What skopeo has a better way for goes before it."""
+    if auth is None or auth.username or auth.password or auth.auth or auth.identity_token:
+        return ""
+    if not meant_for(auth, registry):
+        return ""
+    if not _TOKEN.fullmatch(auth.registry_token):
+        if auth.registry_token:
+            raise InvalidArgumentError("auth.registry_token is no bearer token (RFC 6750, section 2.1)")
+        return ""
+    return auth.registry_token
+
+
+def meant_for(auth: RegistryAuth, registry: str) -> bool:
+    """Say whether credentials may go to `registry`: those with another server's address may not."""
+    return not auth.server_address or _host(auth.server_address) == _canonical(registry)
+
+
 def auth_document(auth: RegistryAuth | None, registry: str) -> dict[str, dict[str, dict[str, str]]]:
     """Return the auth file's content for a pull from `registry`; credentials meant for another server are left out."""
-    if auth is None or (auth.server_address and _host(auth.server_address) != _canonical(registry)):
+    if auth is None or not meant_for(auth, registry):
         return {"auths": {}}
     if auth.username or auth.password:
         entry = {"auth": base64.b64encode(f"{auth.username}:{auth.password}".encode()).decode()}
@@ -212,11 +263,6 @@ def auth_document(auth: RegistryAuth | None, registry: str) -> dict[str, dict[st
     elif auth.identity_token:
         # The token stands for the password; the file's format still wants a user.
         entry = {"auth": base64.b64encode(b"<token>:").decode(), "identitytoken": auth.identity_token}
-    elif auth.registry_token:
-        raise UnsupportedError(
-            "auth.registry_token is not supported: skopeo takes bearer tokens on its command line only",
-            hint="use a user name and password, or an identity token",
-        )
     else:
         return {"auths": {}}
     return {"auths": {registry: entry}}

@@ -28,15 +28,15 @@ from typing import Any, TypeVar
 import msgspec
 
 from vmrt.config import ImageConfig
-from vmrt.errors import DeadlineError, ImageError, InvalidArgumentError, NotFoundError, UnavailableError
-from vmrt.images import archive, manifest, pull
+from vmrt.errors import ConfigError, DeadlineError, ImageError, InvalidArgumentError, NotFoundError, UnavailableError
+from vmrt.images import archive, bearer, manifest, pull
 from vmrt.images.layer import disk_error
 from vmrt.images.layers import Layers, Work
 from vmrt.images.pull import Fetched, Progress
 from vmrt.images.records import ImageRecord, Records
 from vmrt.images.reference import Reference, id_prefix
 from vmrt.images.reference import parse as parse_reference
-from vmrt.images.skopeo import Session
+from vmrt.images.skopeo import Session, bearer_token
 from vmrt.model import Image, LayerImage, RegistryAuth
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class ImageStore:
     def __init__(self, root: Path, config: ImageConfig) -> None:
         self._root = root
         self._config = config
+        self._pinned = frozenset(self._pin(name) for name in config.pinned)
         self._staging = root / "staging"
         self._records = Records(root / "images.db")
         self._executor = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "image")
@@ -249,9 +250,9 @@ class ImageStore:
         timeout_s = self._config.pull_timeout_s or None
         name = f"image {wanted}"
         try:
-            async with asyncio.timeout(timeout_s), self._workspace() as directory:
+            async with asyncio.timeout(timeout_s), self._workspace() as directory, self._door(wanted, auth) as door:
                 with self._hold(directory, name) as work:
-                    session = Session(wanted, auth, self._config, directory)
+                    session = Session(wanted, auth, self._config, directory, door)
                     fetched, digest = await pull.fetch(session, directory, work, report, name)
                     tags = frozenset() if wanted.digest else frozenset((wanted.canonical,))
                     correction = await work.correct(fetched.diff_ids)
@@ -307,6 +308,17 @@ class ImageStore:
         finally:
             # Not cancellable: credentials are in there.
             await asyncio.shield(self._in_thread(lambda: shutil.rmtree(directory, ignore_errors=True)))
+
+    @contextlib.asynccontextmanager
+    async def _door(self, wanted: Reference, auth: RegistryAuth | None) -> AsyncIterator[bearer.Door | None]:
+        """Open a door for skopeo where the credentials are a bearer token (bearer.py)."""
+        token = bearer_token(auth, wanted.registry)
+        if not token:
+            yield None
+            return
+        plain = bearer.insecure(self._config.registries_conf, wanted.name)
+        async with bearer.opened(wanted.registry, token, plain=plain) as door:
+            yield door
 
     @contextlib.contextmanager
     def _hold(self, directory: Path, name: str) -> Iterator[Work]:
@@ -368,6 +380,7 @@ class ImageStore:
                 LayerImage(layer.diff_id, self._layers.path(layer.diff_id), layer.size_bytes)
                 for layer in reversed(shown.values())
             ),
+            pinned=not self._pinned.isdisjoint(record.tags | record.digests),
         )
 
     def _sweep(self) -> None:
@@ -380,6 +393,12 @@ class ImageStore:
             self._records.put_images([], drop=dead)
         needed = {diff_id for record in self._records.images.values() for diff_id in record.stack}
         self._layers.sweep(needed)
+
+    def _pin(self, name: str) -> str:
+        try:
+            return self._parse(name).canonical
+        except InvalidArgumentError as e:
+            raise ConfigError(f"images.pinned: {e.message}") from e
 
     def _parse(self, text: str) -> Reference:
         return parse_reference(text, self._config.default_registry)
