@@ -48,6 +48,9 @@ CMDLINE = " ".join(
         "random.trust_cpu=on",  # RDRAND seeds the guest's RNG at boot; the agent adds the host's entropy
         "cryptomgr.notests",  # the kernel's self-tests of its ciphers took 0.16 s of an emulated boot
         "noreplace-smp",  # keep lock prefixes on one CPU: patching them out and back costs more than they do
+        # Whether the timer's interrupt arrives is counted over a few ms: a vCPU that the host held back meanwhile takes
+        # it for broken, tries other wirings, and may hang. Under KVM the kernel leaves the check out by itself.
+        "no_timer_check",
         "rcupdate.rcu_expedited=1",  # grace periods wait for no timer tick: module loading, mounts and netns need many
     )
 )
