@@ -269,15 +269,6 @@ def test_what_is_no_spec_is_refused(text: bytes) -> None:
     assert caught.value.code == status.INVALID_ARGUMENT
 
 
-def test_exec_process_is_the_containers_with_other_arguments() -> None:
-    container = oci(terminal=True, consoleSize={"width": 1, "height": 1})
-    plain = spec.exec_process(container, ["ls"], tty=False)
-    assert plain == {"args": ["ls"], "cwd": "/", "env": ["A=1"], "user": {"umask": 18}, "terminal": False}
-    with_tty = spec.exec_process(container, ["ls"], tty=True, width=80, height=24)
-    assert with_tty["env"] == ["A=1", "TERM=xterm"]
-    assert with_tty["consoleSize"] == {"width": 80, "height": 24}
-
-
 def test_crun_log_becomes_one_line_and_tells_whose_fault_it_is() -> None:
     log = '{"msg":"executable file `x` not found in $PATH: No such file or directory","level":"error"}\nplain\n'
     error = crun.refusal("exec in container c", log)

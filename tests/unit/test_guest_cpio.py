@@ -98,7 +98,7 @@ def test_a_damaged_signature_is_refused() -> None:
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 def test_init_is_static_the_same_every_time_and_names_what_it_misses(tmp_path: Path) -> None:
-    first, second = (asyncio.run(initramfs.compile_init()) for _ in range(2))
+    first, second = (asyncio.run(initramfs.compile_program(initramfs.INIT_SOURCE)) for _ in range(2))
     assert first == second
     program = tmp_path / "init"
     program.write_bytes(first)

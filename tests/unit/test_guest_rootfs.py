@@ -88,9 +88,11 @@ def test_the_agent_is_laid_over_and_the_version_can_be_read(tmp_path: Path) -> N
     (tmp_path / "etc").mkdir()
     (tmp_path / "usr/lib").mkdir(parents=True)
     for version in ("old", "abc123"):
-        rootfs.add_agent(tmp_path, {"vmrt/agent/__init__.py": version.encode()}, version)
+        rootfs.add_agent(tmp_path, {"vmrt/agent/__init__.py": version.encode()}, version.encode(), version)
     assert (tmp_path / "usr/lib/python3.11/vmrt/agent/__init__.py").read_text() == "abc123"
     assert (tmp_path / "etc/vmrt-guest-version").read_text() == "abc123\n"
+    program = tmp_path / "usr/lib/vmrt-exec"
+    assert (program.read_bytes(), program.stat().st_mode & 0o777) == (b"abc123", 0o755)
     assert 'IMAGE_VERSION="abc123"\n' in (tmp_path / "etc/os-release").read_text()
 
 

@@ -17,7 +17,7 @@ import threading
 import time
 
 from vmrt.agent import agent_pb2 as pb
-from vmrt.agent import cgroups, console, crun, kernel, layout, output, rootfs, spec, status, users
+from vmrt.agent import cgroups, console, crun, enter, kernel, layout, output, rootfs, spec, status, users
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Container:
         self.child: Child | None = None
         self.exit: Exit | None = None
         self.spec: dict[str, Any] = {}
+        self._exec_template = b""
         self.undo = contextlib.ExitStack()
         self.output = output_
         self.pump: output.Pump | None = None
@@ -74,6 +75,12 @@ class Container:
     def pid(self) -> int:
         """Return its main process, 0 when there is none."""
         return self.child.pid if self.child is not None else 0
+
+    def exec_template(self) -> bytes:
+        """Return what the plans of all its execs share. Raises `AgentError`."""
+        if not self._exec_template:
+            self._exec_template = enter.template(self.spec, f"{crun.STATE}/{self.id}/seccomp.bpf")
+        return self._exec_template
 
     def require(self, *states: int) -> None:
         """Raise `AgentError` (FAILED_PRECONDITION) unless it is in one of these states."""

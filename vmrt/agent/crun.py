@@ -176,13 +176,12 @@ class Console:
         connection, _ = sockets.accept(self._listener)
         try:
             connection.settimeout(timeout_s)
-            _, ancillary, _, _ = connection.recvmsg(4096, _socket.CMSG_LEN(4))
+            _, ancillary, _, _ = connection.recvmsg(4096, _socket.CMSG_LEN(4), _socket.MSG_CMSG_CLOEXEC)
         finally:
             connection.close()
         for level, kind, data in ancillary:
             if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS and len(data) >= 4:
                 master: int = struct.unpack("=i", data[:4])[0]
-                os.set_inheritable(master, False)
                 return master
         raise status.AgentError(status.INTERNAL, "crun sent no terminal on its console socket")
 

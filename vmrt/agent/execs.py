@@ -1,7 +1,7 @@
 """ExecStream: one more process in a container, its stdio on the connection.
 
-`crun exec -d` starts it in a leaf cgroup of its own below the container's and leaves it to us. The session then moves
-octets between the connection and the pipes (or the terminal) until the process has ended and its output is drained.
+It is started (`enter`) in a leaf cgroup of its own below the container's, as our child. The session then moves octets
+between the connection and the pipes (or the terminal) until the process has ended and its output is drained.
 A process that the command left in the background may keep the pipes open: it is not waited for once they have been
 silent for `SILENCE_S`. When the host goes away first, the whole leaf cgroup is killed, whatever holds the stdio.
 """
@@ -16,9 +16,10 @@ import threading
 import time
 
 from vmrt.agent import agent_pb2 as pb
-from vmrt.agent import cgroups, frames, spec, status
+from vmrt.agent import cgroups, enter, frames, status
 from vmrt.agent.channel import HANGUP, Closed, Pollset
 from vmrt.agent.containers import RUNNING
+from vmrt.agent.process import DEVNULL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ class ExecSession:
         self._reaper = reaper
         self._request = request
         self._container: Container = containers.get(request.container_id)
-        self._crun = containers.crun
         self._cgroup = cgroups.Cgroup(self._container.id, f"exec-{_next_number()}")
         self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stdin = -1
@@ -80,61 +80,49 @@ class ExecSession:
         except Closed:
             pass
         finally:
-            if not finished and self._request.detach_kills:
+            if self._child is None:
+                self._cgroup.remove()  # what did not start may still be on its way out
+            elif not finished and self._request.detach_kills:
                 self._cgroup.kill()
             self._close()
             self._cgroup.remove_if_empty()
 
     def _start(self) -> None:
-        import json
-
-        request = self._request
+        request, container = self._request, self._container
         if not request.args or not request.args[0]:
             raise status.AgentError(status.INVALID_ARGUMENT, "exec: no command")
-        container = self._container
         container.require(RUNNING)
-        process = spec.exec_process(
-            container.spec, request.args, tty=request.tty, width=request.window.width, height=request.window.height
-        )
-        path = f"{container.directory}/{self._cgroup.path.rpartition('/')[2]}.json"
-        what = f"exec in container {container.id}"
+        assert container.child is not None
+        window = (request.window.width, request.window.height) if request.tty else None
+        wanted = enter.plan(container.exec_template(), request.args, self._cgroup.path, window=window)
+        os.makedirs(self._cgroup.path, exist_ok=True)  # noqa: PTH103
         with contextlib.ExitStack() as ours:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            ours.callback(os.unlink, path)
-            with os.fdopen(fd, "w") as file:
-                json.dump(process, file)
-            args = ["exec", "--detach", f"--process={path}", f"--cgroup={self._cgroup.path.rpartition('/')[2]}"]
-            os.makedirs(self._cgroup.path, exist_ok=True)  # noqa: PTH103
-            if request.tty:
-                terminal = self._crun.console()
-                ours.callback(terminal.close)
-                self._child = self._crun.start_process(
-                    what, args, container.id, stdin=-1, stdout=-1, stderr=-1,
-                    console=terminal, command=request.args[0], on_exit=self._on_exit,
-                )  # fmt: skip
-                master = terminal.receive()
-                os.set_blocking(master, False)
-                self._sources[master] = pb.STDOUT
-                self._stdin = os.dup(master)
-                if request.HasField("window"):
-                    set_window(master, request.window.width, request.window.height)
-                return
-            stdin = -1
-            if request.stdin:
-                stdin, self._stdin = os.pipe()
-                ours.callback(os.close, stdin)
-                os.set_blocking(self._stdin, False)
-            writers = []
-            for kind in (pb.STDOUT, pb.STDERR):
-                reader, writer = os.pipe()
-                ours.callback(os.close, writer)
-                os.set_blocking(reader, False)
-                self._sources[reader] = kind
-                writers.append(writer)
-            self._child = self._crun.start_process(
-                what, args, container.id, stdin=stdin, stdout=writers[0], stderr=writers[1],
-                console=None, command=request.args[0], on_exit=self._on_exit,
+            stdin = stdout = stderr = DEVNULL
+            if not request.tty:
+                if request.stdin:
+                    stdin, self._stdin = os.pipe()
+                    ours.callback(os.close, stdin)
+                    os.set_blocking(self._stdin, False)
+                stdout, stderr = (self._output_pipe(kind, ours) for kind in (pb.STDOUT, pb.STDERR))
+            started = enter.start(
+                self._reaper, container.child, wanted, f"exec in container {container.id}",
+                stdin=stdin, stdout=stdout, stderr=stderr, on_exit=self._on_exit,
             )  # fmt: skip
+        self._child = started.child
+        if request.tty:
+            if started.master < 0:
+                raise status.AgentError(status.INTERNAL, f"exec in container {container.id}: no terminal came")
+            self._sources[started.master] = pb.STDOUT
+            os.set_blocking(started.master, False)
+            self._stdin = os.dup(started.master)
+
+    def _output_pipe(self, kind: int, ours: contextlib.ExitStack) -> int:
+        """Return the writing end of a new pipe whose other end is read as `kind`."""
+        reader, writer = os.pipe()
+        ours.callback(os.close, writer)
+        os.set_blocking(reader, False)
+        self._sources[reader] = kind
+        return writer
 
     def _on_exit(self, exit_: Exit) -> None:
         os.eventfd_write(self._ended, 1)

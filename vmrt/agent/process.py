@@ -12,6 +12,7 @@ them all and tells the `Child` that was registered for the pid. Rules:
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -86,12 +87,14 @@ class Reaper:
         stdin: int = DEVNULL,
         stdout: int = DEVNULL,
         stderr: int = DEVNULL,
+        inherit: Sequence[int] = (),
         env: Mapping[str, str] = ENVIRONMENT,
         on_exit: Callable[[Exit], None] | None = None,
     ) -> Child:
         """Start a program (looked up in PATH when it has no slash) in a session of its own. Raises `OSError`.
 
-        The three descriptors stay the caller's. `on_exit` runs in the reaper's thread and must be quick.
+        It gets the three descriptors, and those of `inherit` (above 2) under their own numbers; all stay the caller's.
+        `on_exit` runs in the reaper's thread and must be quick.
         """
         actions: list[tuple[int, int, int] | tuple[int, int, str, int, int]] = []
         for target, fd in enumerate((stdin, stdout, stderr)):
@@ -99,9 +102,12 @@ class Reaper:
                 actions.append((os.POSIX_SPAWN_OPEN, target, "/dev/null", os.O_RDWR, 0))
             else:
                 actions.append((os.POSIX_SPAWN_DUP2, fd, target))
+        # Onto itself: the child's copy loses the close-on-exec flag, ours keeps it.
+        actions.extend((os.POSIX_SPAWN_DUP2, fd, fd) for fd in inherit)
         with self._lock:
+            # SIGPIPE, SIGXFSZ: Python has them ignored.
             pid = os.posix_spawnp(
-                argv[0], list(argv), dict(env), file_actions=actions, setsid=True, setsigmask=(), setsigdef=(13,)
+                argv[0], list(argv), dict(env), file_actions=actions, setsid=True, setsigmask=(), setsigdef=(13, 25)
             )
             child = self._children[pid] = Child(pid, on_exit)
             self._lock.notify_all()
@@ -150,6 +156,13 @@ class Reaper:
             except ProcessLookupError:
                 return False
             return True
+
+    def pidfd(self, child: Child) -> int:
+        """Return a descriptor of a child's process, to be closed by the caller. Raises `ProcessLookupError`."""
+        with self._lock:
+            if self._children.get(child.pid) is not child:
+                raise ProcessLookupError(errno.ESRCH, "the process has ended")
+            return os.pidfd_open(child.pid)
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Collect children for ever, or until `stop` returns true after some exit."""

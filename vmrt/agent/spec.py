@@ -1,4 +1,4 @@
-"""What the agent adds to the OCI specification that the host made, and the process of an exec. Pure functions."""
+"""What the agent adds to the OCI specification that the host made. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from vmrt.agent import layout, status
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from typing import Any
 
     from vmrt.agent.users import Identity
@@ -61,19 +60,3 @@ def complete(
                 )
             namespace["path"] = f"/proc/{target_pid}/ns/pid"
     return done
-
-
-def exec_process(
-    spec: dict[str, Any], args: Sequence[str], *, tty: bool, width: int = 0, height: int = 0
-) -> dict[str, Any]:
-    """Return the OCI process object of an exec: the container's own, with other arguments and terminal."""
-    process: dict[str, Any] = copy.deepcopy(spec["process"])
-    process["args"] = list(args)
-    process["terminal"] = tty
-    process.pop("consoleSize", None)
-    if tty:
-        if not any(str(line).startswith("TERM=") for line in process["env"]):
-            process["env"].append("TERM=xterm")
-        if width and height:
-            process["consoleSize"] = {"width": width, "height": height}
-    return process

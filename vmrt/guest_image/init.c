@@ -14,8 +14,7 @@
  * panic: with panic=-1 the VM ends and the daemon reports the console's tail.
  */
 
-typedef unsigned long u64;
-typedef long i64;
+#include "bare.h"
 
 enum {
     SYS_read = 0, SYS_write = 1, SYS_open = 2, SYS_close = 3, SYS_nanosleep = 35, SYS_execve = 59, SYS_exit = 60,
@@ -28,52 +27,7 @@ enum { MS_RDONLY = 1, MS_NOSUID = 2, MS_NODEV = 4, MS_NOEXEC = 8, MS_MOVE = 8192
 enum { ROOT_TRIES = 2000, ROOT_WAIT_NS = 1000000 };
 enum { PLAN_MAX = 8192, WORDS_MAX = 32 };
 
-static i64 call(i64 n, i64 a, i64 b, i64 c, i64 d, i64 e)
-{
-    i64 r;
-    register i64 r10 __asm__("r10") = d;
-    register i64 r8 __asm__("r8") = e;
-    __asm__ volatile("syscall" : "=a"(r) : "a"(n), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8) : "rcx", "r11", "memory");
-    return r;
-}
-
-#define CALL1(n, a) call(n, (i64)(a), 0, 0, 0, 0)
-#define CALL2(n, a, b) call(n, (i64)(a), (i64)(b), 0, 0, 0)
-#define CALL3(n, a, b, c) call(n, (i64)(a), (i64)(b), (i64)(c), 0, 0)
-#define MOUNT(from, to, type, flags) call(SYS_mount, (i64)(from), (i64)(to), (i64)(type), (i64)(flags), 0)
-
-/* The compiler may call these for any loop or initialiser. */
-void *memset(void *to, int value, u64 count)
-{
-    char *p = to;
-    while (count--)
-        *p++ = (char)value;
-    return to;
-}
-
-void *memcpy(void *to, const void *from, u64 count)
-{
-    char *p = to;
-    const char *q = from;
-    while (count--)
-        *p++ = *q++;
-    return to;
-}
-
-static u64 length(const char *s)
-{
-    u64 n = 0;
-    while (s[n])
-        n++;
-    return n;
-}
-
-static int same(const char *a, const char *b)
-{
-    while (*a && *a == *b)
-        a++, b++;
-    return *a == *b;
-}
+#define MOUNT(from, to, type, flags) CALL5(SYS_mount, from, to, type, flags, 0)
 
 static void say(const char *s)
 {

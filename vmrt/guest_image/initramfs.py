@@ -1,4 +1,7 @@
-"""The initramfs: our /init, its plan, and the modules that the plan loads (see init.c for the plan's language)."""
+"""The guest's freestanding programs, and the initramfs: our /init, its plan, and the modules that the plan loads.
+
+See init.c for the plan's language, exec.c for the program that starts an exec's process.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from vmrt import spawn
 from vmrt.errors import ProcessError
 from vmrt.guest_image import cpio, modules
 
-PHASE = "guest image initramfs"
+PHASE = "guest image programs"
 ROOT_SERIAL = "vmrt-root"
 # Where the same program and its plan lie in the root image of a kernel that needs no initramfs (see init.c).
 ROOT_INIT = "usr/sbin/vmrt-init"
@@ -22,7 +25,9 @@ ROOT_PLAN = "usr/lib/vmrt-plan"
 _START = '__import__("vmrt.agent.__main__").agent.__main__.main()'
 AGENT_ARGV: tuple[str, ...] = ("/usr/bin/python3", "-I", "-S", "-B", "-X", "utf8", f"-c{_START}")
 
-_INIT_SOURCE = Path(__file__).with_name("init.c")
+_ROOM = Path(__file__).parent
+INIT_SOURCE = _ROOM / "init.c"
+EXEC_SOURCE = _ROOM / "exec.c"
 _CFLAGS = (
     *("-Os", "-std=gnu11", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pic", "-no-pie"),
     *("-fno-asynchronous-unwind-tables", "-Wall", "-Wextra", "-Werror", "-s"),
@@ -30,12 +35,12 @@ _CFLAGS = (
 )
 
 
-async def compile_init() -> bytes:
-    """Return the static /init program."""
-    with tempfile.TemporaryDirectory(prefix="vmrt-init-") as work:
-        program = Path(work) / "init"
+async def compile_program(source: Path) -> bytes:
+    """Return the static program that a source file of this room is compiled to."""
+    with tempfile.TemporaryDirectory(prefix="vmrt-compile-") as work:
+        program = Path(work) / source.stem
         try:
-            await spawn.run(["gcc", *_CFLAGS, "-o", program, _INIT_SOURCE], phase=PHASE, resource=_INIT_SOURCE.name)
+            await spawn.run(["gcc", *_CFLAGS, "-o", program, source], phase=PHASE, resource=source.name)
         except ProcessError as e:
             if e.status < 0:
                 e.hint = "install Debian's gcc"
