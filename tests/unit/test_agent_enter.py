@@ -145,7 +145,7 @@ def test_the_exec_program_refuses_what_is_no_plan(exec_program: Path, plan: byte
     try:
         os.write(file, plan)
         pid = os.pidfd_open(os.getpid())
-        argv = [exec_program, str(file), str(theirs.fileno()), str(pid)]
+        argv = [str(exec_program), str(file), str(theirs.fileno()), str(pid)]
         with theirs:
             done = subprocess.run(argv, pass_fds=(file, theirs.fileno(), pid), capture_output=True, timeout=60)
         os.close(pid)

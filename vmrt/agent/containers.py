@@ -298,11 +298,15 @@ class Containers:
         container = self.get(container_id)
         with container.lock:
             container.require(CREATED)
-            # Before crun: a short command has ended when crun returns.
+            # Before: a short command has ended when the call returns.
             container.state = RUNNING
+            what = f"start container {container.id}"
             try:
-                timeout_s = max(1.0, deadline - time.monotonic())
-                self.crun.run(f"start container {container.id}", ["start", container.id], timeout_s=timeout_s)
+                if container.spec.get("hooks"):
+                    timeout_s = max(1.0, deadline - time.monotonic())
+                    self.crun.run(what, ["start", container.id], timeout_s=timeout_s)
+                else:
+                    self.crun.start(what, container.id)
             except status.AgentError:
                 if container.exit is None:
                     container.state = CREATED
