@@ -2,12 +2,13 @@
 
 What delegates have is learnt from their lists, at start and with every list that a client asks for, so nothing of it
 has to be kept on disk. An id that nobody is known to have is looked for in fresh lists; while a delegate is down, "not
-found" cannot be said, and the error names the delegate instead.
+found" cannot be said, and the error names the delegate instead. What has been ours is known to be nobody else's.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from vmrt.cri.delegates.endpoint import Delegate, Kind
 from vmrt.cri.ports import Pods
 from vmrt.errors import InvalidArgumentError, NotFoundError
 from vmrt.proto.runtime.v1 import api_pb2 as cri
+
+# Ids of ours that are remembered when they are gone: clients stop and remove things twice.
+_REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Directory:
     def __init__(self, handlers: Mapping[str, HandlerConfig], pods: Pods) -> None:
         self.handlers = dict(handlers)
         self._pods = pods
+        self._were_ours: OrderedDict[str, None] = OrderedDict()
         endpoints: dict[str, dict[str, HandlerConfig]] = {}
         for name, handler in handlers.items():
             if handler.endpoint:
@@ -77,7 +82,7 @@ class Directory:
         if not wanted:
             return None  # for our own service to refuse
         ours = self._ours(kind, wanted)
-        if ours == wanted:
+        if ours == wanted or wanted in self._were_ours:
             return None
         found = self._matches(kind, wanted)
         if not found and not ours:
@@ -96,6 +101,10 @@ class Directory:
             record = self._pods.sandbox(wanted) if kind is Kind.SANDBOXES else self._pods.container(wanted)
         except NotFoundError:
             return ""
+        self._were_ours[record.id] = None
+        self._were_ours.move_to_end(record.id)
+        if len(self._were_ours) > _REMEMBERED:
+            self._were_ours.popitem(last=False)
         return record.id
 
     def _matches(self, kind: Kind, wanted: str) -> Sequence[Owned]:
