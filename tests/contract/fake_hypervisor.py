@@ -2,8 +2,8 @@
 
 `FakeVmHost` is the machine, so a second `FakeHypervisor` on it is a restarted daemon. Failures are scripted:
 ``hypervisor.failures["boot"] = [VmError("...")]`` makes the next call fail; ``hypervisor.gate`` holds `boot` back
-half-way until it is set, for tests of cancellation and of races. A guest whose kernel command line has the word in
-`PANIC` dies at boot. `FakeVmHost.agent` answers on the ports in `ports`.
+half-way until it is set, for tests of races. A guest whose kernel command line has the words of `PANIC` dies at boot,
+one with those of `MUTE` never answers. `FakeVmHost.agent` answers on the ports in `ports`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from vmrt.model import Disk, VmEvent, VmEventKind, VmSpec
 from vmrt.pods.drivers import Connection
 from vmrt.spawn import ProcessId
 
-PANIC = "rdinit=/nonexistent"
+# Real kernels do so, with an initramfs and without: of a word that comes twice the last counts.
+_NO_ROOT = "rdinit=/nonexistent root=/dev/nonexistent"
+PANIC = f"{_NO_ROOT} panic=-1"
+MUTE = f"{_NO_ROOT} rootwait"
 
 Agent = Callable[[str, int, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -95,6 +98,8 @@ class FakeHypervisor:
             async with asyncio.timeout(self._boot_timeout_s):
                 await asyncio.sleep(0)
                 await self.gate.wait()
+                if MUTE in spec.guest.cmdline:
+                    await asyncio.Event().wait()
         except TimeoutError as e:
             raise VmError("the guest's agent did not report", phase="boot", resource=resource, console="fake") from e
         finally:

@@ -38,6 +38,7 @@ __all__ = [
     "opened",
     "real_guest",
     "root",
+    "runs",
     "small_disk",
     "spec",
 ]
@@ -104,6 +105,11 @@ def loop_device(size_bytes: int) -> Iterator[tuple[Path, Path]]:
     finally:
         subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
         backing.unlink()
+
+
+def runs(vm_id: str) -> bool:
+    """Say whether a VM's QEMU runs: its console has been opened."""
+    return (root() / "vms" / vm_id / "console").exists()
 
 
 def leftovers() -> list[str]:

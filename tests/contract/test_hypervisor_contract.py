@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract import real_hypervisor as real
-from tests.contract.fake_hypervisor import PANIC, FakeHypervisor, FakeVmHost
+from tests.contract.fake_hypervisor import MUTE, PANIC, FakeHypervisor, FakeVmHost
 from vmrt import spawn
 from vmrt.agent.layout import CALL_PORT
 from vmrt.errors import AlreadyExistsError, VmError, VmGoneError
@@ -37,11 +37,6 @@ def fake(directory: Path) -> Subject:
     host = FakeVmHost()
     guest = GuestImage("1", 1, directory / "k", None, directory / "r", "quiet", "6.1")
 
-    def impatient() -> FakeHypervisor:
-        hypervisor = FakeHypervisor(host, boot_timeout_s=0.01)
-        hypervisor.gate.clear()
-        return hypervisor
-
     def disk(serial: str) -> Disk:
         path = directory / serial
         path.touch()
@@ -51,7 +46,11 @@ def fake(directory: Path) -> Subject:
         assert isinstance(hypervisor, FakeHypervisor)
         hypervisor.end(vm_id)
 
-    return Subject(lambda: FakeHypervisor(host), impatient, guest, disk, kill, lambda: list(host.vms))
+    return Subject(
+        lambda: FakeHypervisor(host),
+        lambda: FakeHypervisor(host, boot_timeout_s=0.01),
+        *(guest, disk, kill, lambda: list(host.vms)),
+    )
 
 
 def libvirt() -> Subject:
@@ -81,6 +80,11 @@ async def hypervisor(subject: Subject) -> AsyncIterator[Hypervisor]:
         await hypervisor.destroy(vm_id)
     await hypervisor.close()
     assert subject.leftovers() == []
+
+
+def mute(guest: GuestImage) -> GuestImage:
+    """Return a guest that never answers: its kernel waits for a disk that never comes."""
+    return dataclasses.replace(guest, cmdline=f"{guest.cmdline} {MUTE}")
 
 
 async def next_event(hypervisor: Hypervisor) -> VmEvent:
@@ -235,7 +239,7 @@ async def test_a_guest_that_never_answers(subject: Subject) -> None:
     hypervisor = subject.impatient()
     await hypervisor.open()
     with pytest.raises(VmError, match="did not report") as failure:
-        await hypervisor.boot(real.spec("one", subject.guest))
+        await hypervisor.boot(real.spec("one", mute(subject.guest)))
     assert failure.value.phase == "boot"
     assert list(hypervisor.list()) == []
     assert await no_event(hypervisor)
@@ -247,9 +251,7 @@ async def test_a_guest_that_never_answers(subject: Subject) -> None:
 async def test_a_cancelled_boot_leaves_nothing(subject: Subject, after_s: float) -> None:
     hypervisor = subject.make()
     await hypervisor.open()
-    if isinstance(hypervisor, FakeHypervisor):
-        hypervisor.gate.clear()
-    boot = asyncio.create_task(hypervisor.boot(real.spec("one", subject.guest)))
+    boot = asyncio.create_task(hypervisor.boot(real.spec("one", mute(subject.guest))))
     await asyncio.sleep(after_s)
     boot.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -263,8 +265,10 @@ async def test_a_cancelled_boot_leaves_nothing(subject: Subject, after_s: float)
 async def test_a_vm_destroyed_while_it_boots(subject: Subject, hypervisor: Hypervisor) -> None:
     if isinstance(hypervisor, FakeHypervisor):
         pytest.skip("the fake boots at once")
-    boot = asyncio.create_task(hypervisor.boot(real.spec("one", subject.guest)))
-    await asyncio.sleep(1.0)
+    boot = asyncio.create_task(hypervisor.boot(real.spec("one", mute(subject.guest))))
+    async with asyncio.timeout(60):
+        while not real.runs("one"):
+            await asyncio.sleep(0.01)
     await hypervisor.destroy("one")
     with pytest.raises(VmError):
         await boot

@@ -178,15 +178,18 @@ async def test_a_disk_that_qemu_may_not_read(hypervisor: LibvirtHypervisor) -> N
 # The embedded driver holds its root for as long as the process lives, so each daemon of this test is one of its own.
 # The first boots a VM, starts to boot another, and is killed; the second says what it found.
 DAEMON = """
-import asyncio, json, sys
+import asyncio, dataclasses, json, sys
 from pathlib import Path
 from tests.contract import real_hypervisor as real
+from tests.contract.fake_hypervisor import MUTE
 real.root = lambda: Path(sys.argv[1])
 
 async def first(hypervisor):
     await hypervisor.boot(real.spec("one", real.real_guest()))
-    half = asyncio.create_task(hypervisor.boot(real.spec("two", real.real_guest())))
-    await asyncio.sleep(1.5)
+    mute = dataclasses.replace(real.real_guest(), cmdline=f"{real.real_guest().cmdline} {MUTE}")
+    half = asyncio.create_task(hypervisor.boot(real.spec("two", mute)))
+    while not real.runs("two"):
+        await asyncio.sleep(0.01)
     print("booted", flush=True)
     await half
 

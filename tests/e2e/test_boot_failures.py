@@ -24,14 +24,17 @@ from vmrt.proto.runtime.v1 import api_pb2 as cri
 CODE = grpc.StatusCode
 BOOT_TIMEOUT_S = 20
 CONSOLE = "--- end of the guest's console ---"
-# What /init becomes in place of our agent. /init cuts its words at blanks and knows no quotes.
+# Without a root a kernel panics, with an initramfs and without: of a word that comes twice the last counts.
+NO_ROOT = "rdinit=/absent root=/dev/absent"
+# What /init becomes in place of our agent. It cuts its words at blanks and knows no quotes; a kernel that starts init
+# itself takes the same words from its command line, and knows double quotes only.
 MUTE = "/usr/bin/python3 -c print('nobody\\x20home',flush=True);__import__('time').sleep(1000)"
 # Our agent, but the call that configures it for its pod crashes the kernel.
 FAITHLESS = (
     "/usr/bin/python3 -I -S -B -X utf8 -c "
-    "import\tvmrt.agent.service\tas\ts,runpy;"
+    "s=__import__('vmrt.agent.service',fromlist=['Service']);"
     "s.Service.configure_sandbox=lambda*_:open('/proc/sysrq-trigger','w').write('c');"
-    "runpy.run_module('vmrt.agent',run_name='__main__')"
+    "__import__('runpy').run_module('vmrt.agent',run_name='__main__')"
 )
 
 
@@ -54,7 +57,12 @@ def broken_guest(target: Path, *, append: str = "", agent: str = "", kernel: byt
         return manifest.describe(path)
 
     image = dataclasses.replace(image, version=target.name, cmdline=f"{image.cmdline} {append}".rstrip())
-    if agent:
+    if agent and image.initramfs is None:
+        # What stands behind "--" is init's; the words that the hypervisor would append must come before it.
+        program, _, arguments = agent.partition(" ")
+        words = f"{image.cmdline} console=ttyS0 panic=-1 init={program} -- {arguments}"
+        image = dataclasses.replace(image, cmdline=words)
+    elif agent:
         assert image.initramfs is not None
         archive = (source / image.initramfs.name).read_bytes()
         steps = re.search(rb"(?:load /modules/\S+\n)+root \S+ \S+\nexec ", archive)
@@ -75,7 +83,7 @@ def daemon() -> Iterator[Daemon]:
         guests = daemon.root / "guests"
         guests.mkdir()
         handlers = [
-            broken_guest(guests / "panics", append="rdinit=/absent"),
+            broken_guest(guests / "panics", append=NO_ROOT),
             broken_guest(guests / "mute", agent=MUTE),
             broken_guest(guests / "faithless", agent=FAITHLESS),
             broken_guest(guests / "no-kernel", kernel=b"no kernel at all\n" * 4096),
@@ -101,7 +109,7 @@ def impatient() -> Iterator[Daemon]:
     with clean_daemon("late", f"[hypervisor]\nboot_timeout_s = {BOOT_TIMEOUT_S}\n") as daemon:
         guests = daemon.root / "guests"
         guests.mkdir()
-        panics = broken_guest(guests / "panics-and-stays", append="rdinit=/absent panic=0")
+        panics = broken_guest(guests / "panics-and-stays", append=f"{NO_ROOT} panic=0")
         configure(daemon, panics, broken_guest(guests / "mute", agent=MUTE))
         daemon.start()
         yield daemon

@@ -16,7 +16,7 @@ from tests.contract.fake_network import FakeHost, FakeNetwork
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent import layout, ttrpc
 from vmrt.config import Config, HandlerConfig, HypervisorConfig, PoolConfig
-from vmrt.errors import AlreadyExistsError, VmError
+from vmrt.errors import AlreadyExistsError, ExhaustedError, VmError
 from vmrt.model import GuestImage, LinuxResources, SandboxSpec
 from vmrt.pods import pool, recovery, scratch
 from vmrt.pods.container_events import follow_vms
@@ -207,6 +207,28 @@ async def test_a_failed_start_destroys_the_claimed_vm(machine: Machine) -> None:
         assert waiting not in machine.vms.vms
         assert not table.sandboxes
         await until(lambda: table.pool.waiting() == 1)
+
+
+async def test_a_claim_that_cannot_be_recorded_leaves_neither_vm_nor_name(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        (waiting,) = table.pool.vm_ids()
+        delete = table.store.delete
+
+        def full(kind: str, key: str) -> None:
+            if kind == "pool":
+                raise ExhaustedError("scripted: the disk is full")
+            delete(kind, key)
+
+        with monkeypatch.context() as patch, pytest.raises(ExhaustedError):
+            patch.setattr(table.store, "delete", full)
+            await run_sandbox(table, sandbox())
+        assert waiting not in machine.vms.vms
+        assert not table.sandboxes
+        await until(lambda: table.pool.waiting() == 1)
+        await run_sandbox(table, sandbox())
 
 
 async def test_boots_that_fail_are_tried_again_and_leave_nothing(machine: Machine) -> None:

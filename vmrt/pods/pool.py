@@ -135,8 +135,8 @@ class Pool:
     def claim(self, vm: WaitingVm) -> None:
         """Hand a VM over to a sandbox whose record, naming it, has been written."""
         self._waiting.remove(vm)
-        self._table.store.delete("pool", vm.record.vm_id)
         self._wake.set()
+        self._table.store.delete("pool", vm.record.vm_id)
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:

@@ -77,10 +77,10 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
             memory_bytes=memory_bytes,
         )
     )
-    if pooled is not None:
-        table.pool.claim(pooled)
-        live.agent = pooled.agent
     try:
+        if pooled is not None:
+            live.agent = pooled.agent
+            table.pool.claim(pooled)
         with table.pool.starting():
             if pooled is not None:
                 network = await _network(table, live, pooled.record.mac, phases)
