@@ -242,11 +242,20 @@ def test_rm_deletes_no_directory_named_by_a_stranger(fake: FakeDaemon, tmp_path:
     assert victim.is_dir()
 
 
-def test_terminal_and_input_are_refused_clearly(fake: FakeDaemon) -> None:
+def test_a_terminal_is_needed_for_a_terminal(fake: FakeDaemon) -> None:
     result = vmrt(fake, "run", "-it", IMAGE)
     assert result.exit_code == 2
-    assert "exec -it" in result.stderr
+    assert "needs a terminal" in result.stderr
+    result = vmrt(fake, "run", "-i", "--detach-keys", "ctrl-", IMAGE)
+    assert result.exit_code == 2
+    assert "is no key" in result.stderr
     assert not fake.calls
+
+
+def test_a_detached_container_is_made_for_a_later_attach(fake: FakeDaemon) -> None:
+    assert vmrt(fake, "run", "-d", "-it", IMAGE).exit_code == 0
+    [config] = fake.configs.values()
+    assert (config.stdin, config.tty, config.stdin_once) == (True, True, False)
 
 
 @pytest.mark.parametrize(

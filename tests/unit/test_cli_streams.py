@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from streaming_targets import FakeTargets
 
 from vmrt.cli import streams
+from vmrt.cli.connections import Tls
 from vmrt.cli.interactive import PortPair
 from vmrt.config import StreamingConfig
 from vmrt.errors import UnavailableError, VmrtError
@@ -20,8 +22,13 @@ from vmrt.streaming.targets import ExecRequest, PortForwardRequest
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[StreamServer]:
-    made = StreamServer(StreamingConfig(), FakeTargets())
+def targets() -> FakeTargets:
+    return FakeTargets()
+
+
+@pytest.fixture
+async def server(targets: FakeTargets) -> AsyncIterator[StreamServer]:
+    made = StreamServer(StreamingConfig(), targets)
     await made.open()
     try:
         yield made
@@ -29,12 +36,16 @@ async def server() -> AsyncIterator[StreamServer]:
         await made.close()
 
 
+async def joined(url: str, wanted: streams.Wanted, hooks: streams.Hooks | None = None) -> int:
+    return await streams.run_process(url, wanted, Tls(), hooks or streams.Hooks())
+
+
 def exec_url(server: StreamServer, name: str) -> str:
     return server.url(ExecRequest("c", (name,), False, True, True, False))
 
 
 async def test_output_and_exit_code(server: StreamServer, capfd: pytest.CaptureFixture[str]) -> None:
-    assert await streams._process(exec_url(server, "fail"), streams.Wanted(stdin=False, tty=False)) == 7
+    assert await joined(exec_url(server, "fail"), streams.Wanted(stdin=False, tty=False)) == 7
     assert capfd.readouterr() == ("", "failing")
 
 
@@ -44,18 +55,71 @@ async def test_stdin_and_its_end(
     pieces = [b"hello ", b"world", b""]
     monkeypatch.setattr(os, "read", lambda fd, size: pieces.pop(0))
     url = server.url(ExecRequest("c", ("cat",), True, True, True, False))
-    assert await streams._process(url, streams.Wanted(stdin=True, tty=False)) == 0
+    assert await joined(url, streams.Wanted(stdin=True, tty=False)) == 0
     assert capfd.readouterr() == ("hello world", "end of file")
 
 
 async def test_failures_are_errors_with_the_servers_text(server: StreamServer) -> None:
     nothing = streams.Wanted(stdin=False, tty=False)
     with pytest.raises(VmrtError, match="absent: no such file"):
-        await streams._process(exec_url(server, "absent"), nothing)
+        await joined(exec_url(server, "absent"), nothing)
     url = exec_url(server, "fail")
-    await streams._process(url, nothing)
+    await joined(url, nothing)
     with pytest.raises(UnavailableError, match="404"):
-        await streams._process(url, nothing)
+        await joined(url, nothing)
+
+
+async def test_a_hook_is_called_once_the_process_is_there(server: StreamServer) -> None:
+    called = threading.Event()
+    nothing = streams.Wanted(stdin=False, tty=False)
+    assert await joined(exec_url(server, "fail"), nothing, streams.Hooks(opened=called.set)) == 7
+    assert called.wait(60)
+    called.clear()
+    with pytest.raises(VmrtError, match="absent"):
+        await joined(exec_url(server, "absent"), nothing, streams.Hooks(opened=called.set))
+    assert not called.is_set()
+
+
+async def test_what_a_hook_raises_ends_the_session(server: StreamServer, targets: FakeTargets) -> None:
+    class Enough(BaseException):
+        pass
+
+    def fail() -> None:
+        raise Enough
+
+    for hooks in (streams.Hooks(opened=fail), streams.Hooks(checkpoint=fail)):
+        with pytest.raises(Enough):
+            await joined(exec_url(server, "sleep"), streams.Wanted(stdin=False, tty=False), hooks)
+    await asyncio.wait_for(targets.left.wait(), 60)
+
+
+async def test_collected_stderr_is_bounded(server: StreamServer, capfd: pytest.CaptureFixture[str]) -> None:
+    collected = bytearray()
+    wanted = streams.Wanted(stdin=False, tty=False, collected=collected)
+    assert await joined(exec_url(server, "fail"), wanted) == 7
+    assert collected == b"failing"
+    collected[:] = bytes(64 * 1024 - 2)
+    await joined(exec_url(server, "fail"), wanted)
+    assert collected[-4:] == b"\0\0fa"
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_detaching_leaves_the_process(
+    server: StreamServer, targets: FakeTargets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = [b"typed\x10", b"\x11never sent"]
+    monkeypatch.setattr(os, "read", lambda fd, size: pieces.pop(0))
+    url = server.url(ExecRequest("c", ("cat",), True, True, True, False))
+    with pytest.raises(streams.Detached):
+        await joined(url, streams.Wanted(stdin=True, tty=False, detach_keys=b"\x10\x11"))
+    (process,) = targets.processes
+    assert not process.closed
+    assert process.taken == len(b"typed")
+    # Its output has nobody left to go to, and that does not end it.
+    await process.write_stdin(b"more")
+    await process.close_stdin()
+    await asyncio.wait_for(targets.left.wait(), 60)
+    assert process.closed
 
 
 async def test_ports_are_forwarded_until_the_daemons_end(server: StreamServer) -> None:

@@ -67,7 +67,7 @@ RULES = {
         outside=("grpc", "google.protobuf"),
     ),
     "vmrt.cli": rule(
-        *("vmrt", "vmrt.guest_image", "vmrt.proto", "vmrt.streaming"),
+        *("vmrt", "vmrt.guest_image", "vmrt.proto", "vmrt.streaming", "vmrt.images.tar"),
         leaves=True,
         outside=("click", "rich", "grpc", "google.protobuf", "h11", "wsproto"),
     ),

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "exec": ("vmrt.cli.containers", "exec_", "Run a command in a running container."),
     "attach": ("vmrt.cli.interactive", "attach", "Join a running container's input and output."),
     "port-forward": ("vmrt.cli.interactive", "port_forward", "Reach TCP ports inside a pod from this machine."),
+    "cp": ("vmrt.cli.copy", "copy", "Copy files between this machine and a container."),
     "logs": ("vmrt.cli.containers", "logs", "Show a container's output."),
     "inspect": ("vmrt.cli.pods", "inspect", "Show all that is known of a pod or container, as JSON."),
     "trace": ("vmrt.cli.trace", "trace", "Show where a pod's start went, phase by phase."),
@@ -47,11 +48,17 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The global options, as `ctx.obj`. `socket` "" means the configured one; `timeout_s` None means no limit."""
+    """The global options, as `ctx.obj`. `socket` "" means the configured one; `timeout_s` None means no limit.
+
+    The `tls` files are for the streaming server; "" is the system's CAs, and no certificate of our own.
+    """
 
     socket: str = ""
     timeout_s: float | None = None
     debug: bool = False
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
 
 
 class LazyGroup(Command, click.Group):
@@ -171,13 +178,32 @@ class Seconds(click.ParamType[float | None]):
     show_default=True,
     help="Give up on a call to the daemon after this long; 0 waits for ever. Pulls, loads and exec have no limit.",
 )
+@click.option(
+    "--tls-ca",
+    envvar="VMRT_TLS_CA",
+    default="",
+    metavar="FILE",
+    help="CAs to trust where the streaming server has TLS, instead of the system's.",
+)
+@click.option("--tls-cert", envvar="VMRT_TLS_CERT", default="", metavar="FILE", help="Our certificate for it.")
+@click.option(
+    "--tls-key", envvar="VMRT_TLS_KEY", default="", metavar="FILE", help="Its key, if it is not in the same file."
+)
 @click.option("--debug", is_flag=True, help="Show tracebacks instead of one-line errors.")
 @click.version_option(__version__, "-V", "--version", prog_name="vmrt", message="%(prog)s %(version)s")
 @click.pass_context
-def cli(ctx: click.Context, socket: str, timeout_s: float | None, debug: bool) -> None:
+def cli(
+    ctx: click.Context,
+    socket: str,
+    timeout_s: float | None,
+    tls_ca: str,
+    tls_cert: str,
+    tls_key: str,
+    debug: bool,
+) -> None:
     """Run Kubernetes pods, each in its own lightweight virtual machine.
 
     vmrt serves the Kubernetes Container Runtime Interface (CRI v1); kubelet and crictl use it through its socket, and
     so do the commands below. Pods and containers are named by id, by a unique prefix of their id, or by name.
     """
-    ctx.obj = Options(socket, timeout_s, debug)
+    ctx.obj = Options(socket, timeout_s, debug, tls_ca, tls_cert, tls_key)

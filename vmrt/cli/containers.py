@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmrt.proto.runtime.v1 import api_pb2
 
 DAEMON_PATIENCE_S = 60.0
+DETACH_KEYS = "ctrl-p,ctrl-q"
 
 
 def state_name(state: int) -> str:
@@ -126,6 +127,13 @@ def locate(daemon: Daemon, wanted: str) -> api_pb2.Container:
 @click.option("-i", "--stdin", "want_stdin", is_flag=True, help="Give the command our stdin.")
 @click.option("-t", "--tty", "want_tty", is_flag=True, help="Give the command a terminal.")
 @click.option(
+    "--detach-keys",
+    default=DETACH_KEYS,
+    show_default=True,
+    metavar="KEYS",
+    help='With -it, what to type to leave the command running; "" for nothing.',
+)
+@click.option(
     "--time-limit",
     type=Seconds(),
     metavar="SECONDS",
@@ -139,6 +147,7 @@ def exec_(
     options: Options,
     want_stdin: bool,
     want_tty: bool,
+    detach_keys: str,
     time_limit: float | None,
     container: str,
     command: tuple[str, ...],
@@ -147,7 +156,8 @@ def exec_(
 
     The command runs without a shell, with the container's user, environment and working directory. Its exit status
     becomes that of vmrt; 125 means that vmrt itself failed. With -i or -t its output arrives as it is written, and it
-    is killed when vmrt ends first; without, it is shown once the command has ended, at most 16 MiB of each stream.
+    is killed when vmrt ends first, unless you detach from it; without, it is shown once the command has ended, at most
+    16 MiB of each stream.
     """
     from vmrt.cli.client import Daemon
     from vmrt.proto.runtime.v1 import api_pb2
@@ -157,7 +167,9 @@ def exec_(
             raise click.UsageError("--time-limit does not go with -i and -t.")
         from vmrt.cli.interactive import exec_interactively
 
-        raise SystemExit(exec_interactively(options, container, command, stdin=want_stdin, tty=want_tty))
+        raise SystemExit(
+            exec_interactively(options, container, command, stdin=want_stdin, tty=want_tty, detach_keys=detach_keys)
+        )
     with own_failure(), Daemon(options) as daemon:
         target = locate(daemon, container)
         limit = 0 if time_limit is None else max(1, round(time_limit))

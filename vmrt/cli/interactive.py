@@ -4,29 +4,70 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from vmrt.cli.app import Options, own_failure
 from vmrt.cli.command import Command
 from vmrt.cli.complete import container_names
+from vmrt.cli.containers import DETACH_KEYS
+from vmrt.cli.signals import Interrupted, Signals
 
-DETACH_KEYS = "ctrl-p,ctrl-q"
+if TYPE_CHECKING:
+    from vmrt.cli.connections import Tls
+    from vmrt.cli.streams import Wanted
 
 
-def _check_terminal(stdin: bool, tty: bool) -> None:
+def check_terminal(stdin: bool, tty: bool) -> None:
+    """Refuse -it without a terminal."""
     if stdin and tty and not os.isatty(0):
         raise click.UsageError("-t with -i needs a terminal on stdin: leave -t out for a pipe or file.")
 
 
-def exec_interactively(options: Options, container: str, command: Sequence[str], *, stdin: bool, tty: bool) -> int:
+def detach_octets(keys: str, *, stdin: bool, tty: bool) -> bytes:
+    """Return what is to be typed to leave: nothing where there is no terminal to type on."""
+    from vmrt.cli.streams import detach_sequence
+
+    try:
+        octets = detach_sequence(keys)
+    except ValueError as e:
+        raise click.BadParameter(f"{e} is no key: as in ctrl-p,ctrl-q or ctrl-],x", param_hint="--detach-keys") from e
+    return octets if stdin and tty else b""
+
+
+def tls_of(options: Options) -> Tls:
+    """Return the TLS files of the global options."""
+    from vmrt.cli.connections import Tls
+
+    return Tls(options.tls_ca, options.tls_cert, options.tls_key)
+
+
+def join(options: Options, url: str, wanted: Wanted, left: str) -> int:
+    """Run a session with our stdio; return the exit code. Detaching says `left`, a signal's is 128 + its number."""
+    from vmrt.cli.streams import Detached, Hooks, process
+
+    try:
+        with Signals() as signals:
+            return process(url, wanted, tls_of(options), Hooks(checkpoint=signals.check))
+    except Detached:
+        click.echo(f"\r\nvmrt: detached{left}", err=True)
+        return 0
+    except Interrupted as e:
+        return 128 + e.signum
+
+
+def exec_interactively(
+    options: Options, container: str, command: Sequence[str], *, stdin: bool, tty: bool, detach_keys: str
+) -> int:
     """Run a command with our stdio and return its exit code."""
     from vmrt.cli.client import Daemon
     from vmrt.cli.containers import locate
-    from vmrt.cli.streams import Wanted, process
+    from vmrt.cli.streams import Wanted
     from vmrt.proto.runtime.v1 import api_pb2
 
-    _check_terminal(stdin, tty)
+    check_terminal(stdin, tty)
+    keys = detach_octets(detach_keys, stdin=stdin, tty=tty)
     with own_failure():
         with Daemon(options) as daemon:
             request = api_pb2.ExecRequest(
@@ -38,7 +79,7 @@ def exec_interactively(options: Options, container: str, command: Sequence[str],
                 tty=tty,
             )
             url = daemon.call(daemon.runtime.Exec, request).url
-        return process(url, Wanted(stdin, tty))
+        return join(options, url, Wanted(stdin, tty, keys), "; the command goes on")
 
 
 @click.command(
@@ -69,14 +110,11 @@ def attach(options: Options, want_stdin: bool, want_tty: bool, detach_keys: str,
     """
     from vmrt.cli.client import Daemon
     from vmrt.cli.containers import locate
-    from vmrt.cli.streams import Detached, Wanted, detach_sequence, process
+    from vmrt.cli.streams import Wanted
     from vmrt.proto.runtime.v1 import api_pb2
 
-    _check_terminal(want_stdin, want_tty)
-    try:
-        keys = detach_sequence(detach_keys) if want_stdin and want_tty else b""
-    except ValueError as e:
-        raise click.BadParameter(f"{e} is no key: as in ctrl-p,ctrl-q or ctrl-],x", param_hint="--detach-keys") from e
+    check_terminal(want_stdin, want_tty)
+    keys = detach_octets(detach_keys, stdin=want_stdin, tty=want_tty)
     with own_failure():
         with Daemon(options) as daemon:
             request = api_pb2.AttachRequest(
@@ -87,11 +125,7 @@ def attach(options: Options, want_stdin: bool, want_tty: bool, detach_keys: str,
                 tty=want_tty,
             )
             url = daemon.call(daemon.runtime.Attach, request).url
-        try:
-            status = process(url, Wanted(want_stdin, want_tty, keys))
-        except Detached:
-            click.echo("\r\nvmrt: detached", err=True)
-            status = 0
+        status = join(options, url, Wanted(want_stdin, want_tty, keys), "; the container goes on")
     raise SystemExit(status)
 
 
@@ -142,6 +176,6 @@ def port_forward(options: Options, address: str, pod: str, ports: tuple[tuple[in
         request = api_pb2.PortForwardRequest(pod_sandbox_id=target.id)
         url = daemon.call(daemon.runtime.PortForward, request).url
     try:
-        asyncio.run(forward_ports(url, address, ports, click.echo))
+        asyncio.run(forward_ports(url, address, ports, click.echo, tls_of(options)))
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -12,23 +12,24 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from vmrt.cli.app import Options, own_failure
 from vmrt.cli.command import Command
 from vmrt.cli.complete import image_names
-from vmrt.cli.containers import Watch, container_status
+from vmrt.cli.containers import DETACH_KEYS, Watch, container_status
+from vmrt.cli.interactive import check_terminal, detach_octets, tls_of
 from vmrt.cli.params import Port, PublishedPort, Size, User, UserChoice, Variable
 from vmrt.cli.pods import RUN_LABEL, remove_pod, run_log_directory, stop_containers
+from vmrt.cli.signals import Interrupted, Signals
 from vmrt.errors import NotFoundError, VmrtError
 
 if TYPE_CHECKING:
@@ -56,48 +57,6 @@ MASKED_PATHS = (
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 
-class Interrupted(BaseException):
-    """A signal asked vmrt to end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-class Signals:
-    """Remembers SIGINT, SIGTERM and SIGHUP until the next `check`, which raises; until `hold` at least.
-
-    Nothing is raised by the handler itself: it may run anywhere, in the middle of an undo as well as of a library.
-    """
-
-    def __init__(self) -> None:
-        self._pending = 0
-        self._held = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def check(self) -> None:
-        """Raise `Interrupted` for a signal that has come since the last time; never after `hold`."""
-        if self._pending and not self._held:
-            signum, self._pending = self._pending, 0
-            raise Interrupted(signum)
-
-    def hold(self) -> None:
-        """Let no signal end what comes now: it is the cleaning up."""
-        self._held = True
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self._pending = signum
-
-
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What the command line asked for."""
@@ -117,6 +76,9 @@ class Wish:
     keep: bool
     detach: bool
     quiet: bool
+    stdin: bool = False
+    tty: bool = False
+    detach_keys: bytes = b""
 
 
 def default_name(image: str, uid: str) -> str:
@@ -191,6 +153,10 @@ def container_config(wish: Wish, image_id: str) -> api_pb2.ContainerConfig:
         working_dir=wish.workdir,
         envs=[api_pb2.KeyValue(key=key, value=os.fsencode(value)) for key, value in wish.envs],
         log_path="0.log",
+        stdin=wish.stdin,
+        # A pipe's end is the container's; one may detach from a terminal and come back.
+        stdin_once=wish.stdin and not wish.tty and not wish.detach,
+        tty=wish.tty,
         linux=api_pb2.LinuxContainerConfig(resources=resources(wish), security_context=security),
     )
 
@@ -232,8 +198,15 @@ def container_config(wish: Wish, image_id: str) -> api_pb2.ContainerConfig:
 @click.option("--rm/--keep", "remove", default=True, help="Remove the pod when the container has ended (default).")
 @click.option("-d", "--detach", is_flag=True, help="Print the pod's id and leave it running; implies --keep.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
-@click.option("-i", "--stdin", "want_stdin", is_flag=True, help="Not yet: use run -d, then exec -i.")
-@click.option("-t", "--tty", "want_tty", is_flag=True, help="Not yet: use run -d, then exec -t.")
+@click.option("-i", "--stdin", "want_stdin", is_flag=True, help="Give the container our stdin; its end of file, too.")
+@click.option("-t", "--tty", "want_tty", is_flag=True, help="Give the container a terminal; with -i ours becomes raw.")
+@click.option(
+    "--detach-keys",
+    default=DETACH_KEYS,
+    show_default=True,
+    metavar="KEYS",
+    help='With -it, what to type to leave the pod running; "" for nothing.',
+)
 @click.argument("image", shell_complete=image_names)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[COMMAND [ARG]...]")
 @click.pass_obj
@@ -254,6 +227,7 @@ def run(
     quiet: bool,
     want_stdin: bool,
     want_tty: bool,
+    detach_keys: str,
     image: str,
     command: tuple[str, ...],
 ) -> None:
@@ -261,13 +235,15 @@ def run(
 
     The image is fetched if it is absent. COMMAND replaces the image's default arguments. stdout and stderr arrive as
     they are written, octet by octet. The container's exit status becomes that of vmrt; 125 means that vmrt itself
-    failed. Ctrl-C stops the container (a second one kills it), removes the pod and exits with 130.
+    failed. Ctrl-C stops the container (a second one kills it), removes the pod and exits with 130; with -it it is a key
+    like others. With -i or -t the output is streamed, so a restart of the daemon ends the run; with -d they only say
+    what the container is made with, for `vmrt attach`.
 
     The daemon writes the container's log into a private directory below $TMPDIR, so vmrt and the daemon have to see
     the same one.
     """
-    if want_stdin or want_tty:
-        raise click.UsageError("run -i and -t are not there yet: use run -d, then exec -it.")
+    if not detach:
+        check_terminal(want_stdin, want_tty)
     uid = str(uuid.uuid4())
     wish = Wish(
         image=image,
@@ -285,18 +261,21 @@ def run(
         keep=detach or not remove,
         detach=detach,
         quiet=quiet,
+        stdin=want_stdin,
+        tty=want_tty,
+        detach_keys=detach_octets(detach_keys, stdin=want_stdin, tty=want_tty),
     )
     from vmrt.cli.client import Daemon
 
     try:
         with own_failure(), Signals() as signals, Daemon(options, signals.check) as daemon:
-            status = _run(daemon, wish, uid, signals)
+            status = _run(daemon, options, wish, uid, signals)
     except Interrupted as e:
         status = 128 + e.signum
     raise SystemExit(status)
 
 
-def _run(daemon: Daemon, wish: Wish, uid: str, signals: Signals) -> int:
+def _run(daemon: Daemon, options: Options, wish: Wish, uid: str, signals: Signals) -> int:
     """Do it; return the container's exit code. Raises `VmrtError` and `Interrupted`, with everything undone."""
     from vmrt.cli.logfile import Printer, opened
     from vmrt.cli.progress import status
@@ -305,13 +284,14 @@ def _run(daemon: Daemon, wish: Wish, uid: str, signals: Signals) -> int:
     image_id = obtain_image(daemon, wish)
     directory = run_log_directory(uid)
     assert directory is not None
+    interactive = (wish.stdin or wish.tty) and not wish.detach
     with contextlib.ExitStack() as undo:
         try:
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
             directory.mkdir(mode=0o700)
             reader = undo.enter_context(opened(directory / "0.log"))
             printer = Printer(sys.stdout.buffer, sys.stderr.buffer)
-            undo.callback(_take_back, daemon, uid, reader, printer)
+            undo.callback(_take_back, daemon, uid, reader, None if interactive else printer)
             pod = pod_config(wish, uid, directory)
             with status("starting the VM", quiet=wish.quiet):
                 made = api_pb2.RunPodSandboxRequest(config=pod, runtime_handler=wish.handler)
@@ -320,13 +300,19 @@ def _run(daemon: Daemon, wish: Wish, uid: str, signals: Signals) -> int:
                     pod_sandbox_id=pod_id, config=container_config(wish, image_id), sandbox_config=pod
                 )
                 container_id = daemon.call(daemon.runtime.CreateContainer, created).container_id
-                started = api_pb2.StartContainerRequest(container_id=container_id)
-                daemon.call(daemon.runtime.StartContainer, started)
+                if not interactive:
+                    daemon.call(daemon.runtime.StartContainer, api_pb2.StartContainerRequest(container_id=container_id))
             if wish.detach:
                 click.echo(pod_id)
                 undo.pop_all()
                 return 0
-            _show(daemon, container_id, reader, printer)
+            if interactive:
+                if not _interact(daemon, options, wish, container_id, signals):
+                    click.echo(f"\r\nvmrt: detached; `vmrt rm -f {wish.name}` removes the pod", err=True)
+                    undo.pop_all()
+                    return 0
+            else:
+                _show(daemon, container_id, reader, printer)
             final = container_status(daemon, container_id)
             if final.reason == "OOMKilled":
                 click.echo("vmrt: the container was killed because it ran out of memory (see --memory)", err=True)
@@ -360,18 +346,53 @@ def _show(daemon: Daemon, container_id: str, reader: LogReader, printer: Printer
         for entries in output:
             printer.write(entries)
     except Interrupted:
-        click.echo(f"vmrt: stopping (up to {GRACE_S} s; once more kills at once)", err=True)
-        with contextlib.suppress(Interrupted, VmrtError):
-            stop_containers(daemon, [container_id], GRACE_S)
+        _stop_softly(daemon, container_id)
         raise
 
 
-def _take_back(daemon: Daemon, uid: str, reader: LogReader, printer: Printer) -> None:
-    """Remove the pod made under `uid`, if there is one, and print what its log still holds."""
+def _stop_softly(daemon: Daemon, container_id: str) -> None:
+    """Stop a container; one more signal ends the waiting."""
+    click.echo(f"vmrt: stopping (up to {GRACE_S} s; once more kills at once)", err=True)
+    with contextlib.suppress(Interrupted, VmrtError):
+        stop_containers(daemon, [container_id], GRACE_S)
+
+
+def _interact(daemon: Daemon, options: Options, wish: Wish, container_id: str, signals: Signals) -> bool:
+    """Start the container with our stdio joined to it, and wait for its end; False when the person has detached.
+
+    The session is there before the container runs, so nothing it writes is missed.
+    """
+    from vmrt.cli.streams import Detached, Hooks, Wanted, process
+    from vmrt.proto.runtime.v1 import api_pb2
+
+    def start() -> None:
+        daemon.call(daemon.runtime.StartContainer, api_pb2.StartContainerRequest(container_id=container_id))
+
+    request = api_pb2.AttachRequest(
+        container_id=container_id, stdin=wish.stdin, stdout=True, stderr=not wish.tty, tty=wish.tty
+    )
+    url = daemon.call(daemon.runtime.Attach, request).url
+    try:
+        process(url, Wanted(wish.stdin, wish.tty, wish.detach_keys), tls_of(options), Hooks(start, signals.check))
+    except Detached:
+        return False
+    except Interrupted:
+        _stop_softly(daemon, container_id)
+        raise
+    # The daemon may hear of the end later than we do.
+    running = Watch(daemon, container_id)
+    while running():
+        time.sleep(0.02)
+    return True
+
+
+def _take_back(daemon: Daemon, uid: str, reader: LogReader, printer: Printer | None) -> None:
+    """Remove the pod made under `uid`, if there is one, and print what its log still holds, unless it is streamed."""
     for pod_id in _made_under(daemon, uid):
         remove_pod(daemon, pod_id)
-    for entries in reader.available():
-        printer.write(entries)
+    if printer is not None:
+        for entries in reader.available():
+            printer.write(entries)
 
 
 def _made_under(daemon: Daemon, uid: str) -> Iterator[str]:

@@ -1,37 +1,32 @@
-"""The command line's end of the streaming server: sessions over WebSocket v5, port-forward over SPDY/3.1.
+"""The command line's end of the streaming server: processes over WebSocket v5, port-forward over SPDY/3.1.
 
 Rules: stdin is read by a thread, for files, pipes and terminals alike, and waits while the daemon takes nothing; the
-terminal is put back however a session ends; Ctrl-C in raw mode belongs to the program in the container.
+terminal is put back however a session ends, by a signal, too; Ctrl-C in raw mode belongs to the container's program.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
 import signal
-import ssl
-import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
-import h11
-import wsproto
-from wsproto import events
-from wsproto.utilities import RemoteProtocolError
-
+from vmrt.cli.connections import Tls, spdy_session, websocket
 from vmrt.errors import UnavailableError, VmrtError
-from vmrt.streaming import spdy
 from vmrt.streaming.spdy_session import SpdySession
 from vmrt.streaming.stream import PeerGoneError, SocketTransport
-from vmrt.streaming.websocket import ERROR, RESIZE, STDERR, STDIN, STDOUT, V5, WebSocket
+from vmrt.streaming.websocket import DETACHED, ERROR, RESIZE, STDERR, STDIN, STDOUT, WebSocket
 
 _READ = 32768
-_CONNECT_TIMEOUT_S = 30.0
+_DETACH_TIMEOUT_S = 10.0
+_CHECKPOINT_INTERVAL_S = 0.1
+_COLLECTED_BYTES = 64 * 1024
 
 
 class Detached(Exception):
@@ -40,167 +35,185 @@ class Detached(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What of our own stdio takes part. `detach_keys` "" means there are none."""
+    """What of our own stdio takes part, by descriptor. `detach_keys` b"" means there are none.
+
+    Where `collected` is given, stderr goes there, cut at 64 KiB.
+    """
 
     stdin: bool
     tty: bool
     detach_keys: bytes = b""
+    stdin_fd: int = 0
+    stdout_fd: int = 1
+    stderr_fd: int = 2
+    collected: bytearray | None = None
 
 
-async def _connected(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    parts = urlsplit(url)
-    tls = ssl.create_default_context() if parts.scheme == "https" else None
-    try:
-        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-            return await asyncio.open_connection(parts.hostname, parts.port, ssl=tls)
-    except (OSError, TimeoutError) as e:
-        raise UnavailableError(
-            f"cannot connect: {e}", phase="stream", resource=f"{parts.scheme}://{parts.netloc}",
-            hint="this has to run on the daemon's machine, and to trust its certificate where it has one",
-        ) from e  # fmt: skip
+def _nothing() -> None:
+    pass
 
 
-def _refused(status: int, body: bytes = b"") -> UnavailableError:
-    return UnavailableError(
-        f"the daemon's streaming server answered {status}: {body.decode(errors='replace').strip()}", phase="stream"
-    )
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a session calls while it runs.
 
+    `opened`, on a thread of its own, once the process's streams are there; `checkpoint` ten times a second. What one of
+    them raises ends the session.
+    """
 
-@contextlib.asynccontextmanager
-async def websocket(url: str) -> AsyncIterator[WebSocket]:
-    """Open a v5 session. Raises `VmrtError`."""
-    reader, writer = await _connected(url)
-    transport = SocketTransport(reader, writer)
-    connection = wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
-    parts = urlsplit(url)
-    try:
-        await transport.write(connection.send(events.Request(host=parts.netloc, target=parts.path, subprotocols=[V5])))
-        while (answer := next(iter(connection.events()), None)) is None:
-            if not (data := await transport.read()):
-                raise UnavailableError("the daemon closed the connection", phase="stream")
-            connection.receive_data(data)
-        if isinstance(answer, events.RejectConnection):
-            raise _refused(answer.status_code)
-        yield WebSocket(transport, connection)
-    except (PeerGoneError, RemoteProtocolError) as e:
-        raise UnavailableError(f"the connection ended: {e}", phase="stream") from e
-    finally:
-        await transport.close()
-
-
-@contextlib.asynccontextmanager
-async def spdy_session(url: str, protocol: str) -> AsyncIterator[SpdySession]:
-    """Open a SPDY/3.1 session as a client. Raises `VmrtError`."""
-    reader, writer = await _connected(url)
-    transport = SocketTransport(reader, writer)
-    parts = urlsplit(url)
-    http = h11.Connection(h11.CLIENT)
-    headers = [("Host", parts.netloc), ("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1")]
-    request = h11.Request(method="POST", target=parts.path, headers=[*headers, ("X-Stream-Protocol-Version", protocol)])
-    reading = None
-    try:
-        await transport.write((http.send(request) or b"") + (http.send(h11.EndOfMessage()) or b""))
-        while (answer := http.next_event()) is h11.NEED_DATA:
-            http.receive_data(await transport.read())
-        if not isinstance(answer, h11.InformationalResponse) or answer.status_code != 101:
-            raise _refused(getattr(answer, "status_code", 0))
-        transport.give_back(http.trailing_data[0])
-        session = SpdySession(transport, spdy.Connection(client=True))
-        reading = asyncio.create_task(session.run())
-        yield session
-    except (PeerGoneError, h11.ProtocolError) as e:
-        raise UnavailableError(f"the connection ended: {e}", phase="stream") from e
-    finally:
-        if reading is not None:
-            reading.cancel()
-            await asyncio.wait([reading])
-        await transport.close()
+    opened: Callable[[], None] = _nothing
+    checkpoint: Callable[[], None] = _nothing
 
 
 # --- exec and attach --------------------------------------------------------------------------------------------------
 
 
-def process(url: str, wanted: Wanted) -> int:
-    """Join a session's streams to ours; return the exit code. Raises `VmrtError` and `Detached`."""
-    with _raw_terminal() if wanted.tty and wanted.stdin else contextlib.nullcontext():
-        return asyncio.run(_process(url, wanted))
+def process(url: str, wanted: Wanted, tls: Tls | None = None, hooks: Hooks | None = None) -> int:
+    """Join a session's streams to ours; return the exit code. Raises `VmrtError`, `Detached` and what hooks raise."""
+    with _raw_terminal(wanted.stdin_fd) if wanted.tty and wanted.stdin else contextlib.nullcontext():
+        return asyncio.run(run_process(url, wanted, tls or Tls(), hooks or Hooks()))
 
 
-async def _process(url: str, wanted: Wanted) -> int:
-    loop = asyncio.get_running_loop()
-    async with websocket(url) as socket:
-        work = asyncio.create_task(_output(socket))
-        detached = asyncio.Event()
-        if wanted.stdin:
-            threading.Thread(target=_read_stdin, args=(loop, socket, wanted, detached), daemon=True).start()
-        if wanted.tty:
-            resized = asyncio.Event()
-            resized.set()
-            loop.add_signal_handler(signal.SIGWINCH, resized.set)
-            sizes = asyncio.create_task(_sizes(socket, resized))
-        leaving = asyncio.create_task(detached.wait())
+@dataclass(slots=True)
+class _Session:
+    """One session's tasks and what they tell each other."""
+
+    socket: WebSocket
+    wanted: Wanted
+    hooks: Hooks
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+    detached: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+    silent: bool = False
+
+    async def output(self) -> bytes:
+        """Write what comes to our stdout and stderr; return the status at the end."""
+        loop = asyncio.get_running_loop()
+        status = bytearray()
+        channel: int | None = None
+        async for piece, last in self.socket.messages():
+            data = piece if isinstance(piece, bytes) else piece.encode()
+            if channel is None and data:
+                channel, data = data[0], data[1:]
+            if channel != ERROR:
+                self.opened.set()
+            if channel == ERROR:
+                status += data
+            elif channel == STDERR and self.wanted.collected is not None:
+                self.wanted.collected.extend(data[: max(0, _COLLECTED_BYTES - len(self.wanted.collected))])
+            elif data and channel in (STDOUT, STDERR) and not self.silent:
+                fd = self.wanted.stdout_fd if channel == STDOUT else self.wanted.stderr_fd
+                await loop.run_in_executor(None, _write_all, fd, data)
+            if last:
+                channel = None
+        return bytes(status)
+
+    async def open(self) -> None:
+        """Call the hook once there is a process, and never come back."""
+        await self.opened.wait()
+        await asyncio.get_running_loop().run_in_executor(None, self.hooks.opened)
+        await asyncio.Event().wait()
+
+    async def watch(self) -> None:
+        """Call the checkpoint for ever."""
+        while True:
+            self.hooks.checkpoint()
+            await asyncio.sleep(_CHECKPOINT_INTERVAL_S)
+
+    async def sizes(self) -> None:
+        """Send our terminal's size, now and whenever it changes."""
+        resized = asyncio.Event()
+        resized.set()
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGWINCH, resized.set)
         try:
-            await asyncio.wait([work, leaving], return_when=asyncio.FIRST_COMPLETED)
+            while True:
+                await resized.wait()
+                resized.clear()
+                with contextlib.suppress(OSError):
+                    size = os.get_terminal_size(self.wanted.stdout_fd)
+                    text = json.dumps({"Width": size.columns, "Height": size.lines})
+                    await self.socket.send(bytes([RESIZE]) + text.encode())
+        except PeerGoneError:
+            await asyncio.Event().wait()
+        finally:
+            loop.remove_signal_handler(signal.SIGWINCH)
+
+    def read_stdin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Send our stdin to its end: the work of a thread."""
+        keys = DetachKeys(self.wanted.detach_keys)
+        try:
+            while not keys.typed:
+                data = os.read(self.wanted.stdin_fd, _READ)
+                message = bytes([STDIN]) + keys.feed(data) if data else bytes([255, STDIN])
+                if len(message) > 1:
+                    self._send(loop, message)
+                if not data:
+                    return
+            loop.call_soon_threadsafe(self.detached.set)
+        except (OSError, RuntimeError, PeerGoneError, concurrent.futures.CancelledError):
+            pass  # the session has ended first
+
+    def _send(self, loop: asyncio.AbstractEventLoop, message: bytes) -> None:
+        if self.ended.is_set():
+            raise PeerGoneError("the session has ended")
+        sending = self.socket.send(message)
+        try:
+            future = asyncio.run_coroutine_threadsafe(sending, loop)
+        except RuntimeError:
+            sending.close()
+            raise
+        while True:
+            # The loop may end between our look and its taking of the message.
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                return future.result(_CHECKPOINT_INTERVAL_S)
+            if self.ended.is_set():
+                raise PeerGoneError("the session has ended")
+
+    async def detach(self, work: asyncio.Task[bytes]) -> None:
+        """Leave, and wait until the daemon has seen that it is no failure."""
+        self.silent = True
+        await self.socket.close(DETACHED, "detached")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DETACH_TIMEOUT_S):
+                await asyncio.wait([work])
+
+
+async def run_process(url: str, wanted: Wanted, tls: Tls, hooks: Hooks) -> int:
+    """Do what `process` does, but for the terminal's mode."""
+    loop = asyncio.get_running_loop()
+    async with websocket(url, tls) as socket:
+        session = _Session(socket, wanted, hooks)
+        work = asyncio.create_task(session.output())
+        leaving = asyncio.create_task(session.detached.wait())
+        beside: list[asyncio.Task[None]] = [
+            asyncio.create_task(session.open()),
+            asyncio.create_task(session.watch()),
+            *([asyncio.create_task(session.sizes())] if wanted.tty else []),
+        ]
+        if wanted.stdin:
+            threading.Thread(target=session.read_stdin, args=(loop,), daemon=True).start()
+        try:
+            await asyncio.wait([work, leaving, *beside], return_when=asyncio.FIRST_COMPLETED)
+            for task in beside:
+                if task.done():
+                    task.result()  # has failed: none of them ends otherwise
             if not work.done():
+                await session.detach(work)
                 raise Detached
             return exit_code(work.result())
         finally:
-            for task in [work, leaving, *([sizes] if wanted.tty else [])]:
-                task.cancel()
+            session.ended.set()
+            for each in (work, leaving, *beside):
+                each.cancel()
+            await asyncio.wait([work, leaving, *beside])
             await socket.close()
-
-
-async def _output(socket: WebSocket) -> bytes:
-    """Write what comes to our stdout and stderr; return the status at the end."""
-    loop = asyncio.get_running_loop()
-    status = bytearray()
-    channel: int | None = None
-    async for piece, last in socket.messages():
-        data = piece if isinstance(piece, bytes) else piece.encode()
-        if channel is None and data:
-            channel, data = data[0], data[1:]
-        if channel == ERROR:
-            status += data
-        elif data and channel in (STDOUT, STDERR):
-            await loop.run_in_executor(None, _write_all, 1 if channel == STDOUT else 2, data)
-        if last:
-            channel = None
-    return bytes(status)
 
 
 def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
-
-
-async def _sizes(socket: WebSocket, resized: asyncio.Event) -> None:
-    with contextlib.suppress(PeerGoneError):
-        while True:
-            await resized.wait()
-            resized.clear()
-            with contextlib.suppress(OSError):
-                size = os.get_terminal_size(sys.stdout.fileno())
-                text = json.dumps({"Width": size.columns, "Height": size.lines})
-                await socket.send(bytes([RESIZE]) + text.encode())
-
-
-def _read_stdin(loop: asyncio.AbstractEventLoop, socket: WebSocket, wanted: Wanted, detached: asyncio.Event) -> None:
-    keys = DetachKeys(wanted.detach_keys)
-    try:
-        while not keys.typed:
-            data = os.read(0, _READ)
-            message = bytes([STDIN]) + keys.feed(data) if data else bytes([255, STDIN])
-            if len(message) > 1:
-                asyncio.run_coroutine_threadsafe(socket.send(message), loop).result()
-            if not data:
-                return
-        loop.call_soon_threadsafe(detached.set)
-    except (OSError, RuntimeError, PeerGoneError):
-        pass  # the session has ended first
-    except BaseException as e:
-        if not isinstance(e, asyncio.CancelledError) and type(e).__name__ != "CancelledError":
-            raise
 
 
 class DetachKeys:
@@ -255,28 +268,30 @@ def exit_code(status: bytes) -> int:
 
 
 @contextlib.contextmanager
-def _raw_terminal() -> Iterator[None]:
+def _raw_terminal(fd: int) -> Iterator[None]:
     import termios
     import tty
 
-    before = termios.tcgetattr(0)
-    tty.setraw(0)
+    before = termios.tcgetattr(fd)
+    tty.setraw(fd, termios.TCSADRAIN)  # what is typed ahead is kept
     try:
         yield
     finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
 # --- port-forward -----------------------------------------------------------------------------------------------------
 
 
-async def forward_ports(url: str, address: str, ports: Sequence[tuple[int, int]], told: Any) -> None:
+async def forward_ports(
+    url: str, address: str, ports: Sequence[tuple[int, int]], told: Callable[[str], object], tls: Tls | None = None
+) -> None:
     """Listen on (local, remote) pairs of ports, local 0 for any, until the daemon's end. Raises `VmrtError`.
 
     `told` is called with a line for each port and for each connection that fails.
     """
     async with contextlib.AsyncExitStack() as stack:
-        session = await stack.enter_async_context(spdy_session(url, "portforward.k8s.io"))
+        session = await stack.enter_async_context(spdy_session(url, "portforward.k8s.io", tls or Tls()))
         numbers = iter(range(1 << 62))
 
         def serve(remote: int) -> Any:

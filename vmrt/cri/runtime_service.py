@@ -18,8 +18,8 @@ from vmrt.cri.outcome import unimplemented
 from vmrt.cri.ports import Pods, StreamUrls
 from vmrt.cri.stats_service import StatsCalls
 from vmrt.errors import FailedPreconditionError, NotFoundError
-from vmrt.pods.records import SandboxState
-from vmrt.pods.streams import require_running
+from vmrt.pods.records import ContainerState, SandboxState
+from vmrt.pods.streams import ATTACHABLE, RUNNING, require_state
 from vmrt.proto.runtime.v1 import api_pb2 as cri
 from vmrt.proto.runtime.v1 import api_pb2_grpc as cri_grpc
 from vmrt.streaming.targets import AttachRequest, ExecRequest, PortForwardRequest
@@ -185,15 +185,15 @@ class RuntimeService(StatsCalls, cri_grpc.RuntimeServiceServicer):
 
     async def Exec(self, request: cri.ExecRequest, context: Any) -> cri.ExecResponse:
         """Prepare a session of one more process; whether the container has the command is seen when it begins."""
-        container_id = self._running(request.container_id, "exec")
+        container_id = self._in_state(request.container_id, "exec", RUNNING)
         _check_streams(request)
         args = specs.command(request.cmd, "cmd")
         wanted = ExecRequest(container_id, args, request.stdin, request.stdout, request.stderr, request.tty)
         return cri.ExecResponse(url=self._streams.url(wanted))
 
     async def Attach(self, request: cri.AttachRequest, context: Any) -> cri.AttachResponse:
-        """Prepare a session on a container's main process."""
-        container_id = self._running(request.container_id, "attach")
+        """Prepare a session on the main process of a container that is running, or about to be started."""
+        container_id = self._in_state(request.container_id, "attach", ATTACHABLE)
         _check_streams(request)
         wanted = AttachRequest(container_id, request.stdin, request.stdout, request.stderr, request.tty)
         return cri.AttachResponse(url=self._streams.url(wanted))
@@ -219,9 +219,9 @@ class RuntimeService(StatsCalls, cri_grpc.RuntimeServiceServicer):
     def _container_id(self, value: str) -> str:
         return self._pods.container(_id(value, "container_id")).id
 
-    def _running(self, value: str, verb: str) -> str:
+    def _in_state(self, value: str, verb: str, states: frozenset[ContainerState]) -> str:
         record = self._pods.container(_id(value, "container_id"))
-        require_running(record.state, record.id, verb)
+        require_state(record.state, record.id, verb, states)
         return record.id
 
 

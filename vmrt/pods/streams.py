@@ -11,6 +11,9 @@ from vmrt.errors import FailedPreconditionError
 from vmrt.pods.records import ContainerState
 from vmrt.pods.table import PodTable
 
+RUNNING = frozenset({ContainerState.RUNNING})
+ATTACHABLE = frozenset({ContainerState.CREATED, ContainerState.RUNNING})
+
 
 class _Exec(Protocol):
     @property
@@ -48,8 +51,8 @@ class PodStreams:
 
     @asynccontextmanager
     async def attach(self, request: _Attach) -> AsyncIterator[Session]:
-        """Join a running container's main process."""
-        agent = self._agent(request.container_id, "attach")
+        """Join the main process of a container that is running, or not started yet: nothing is missed then."""
+        agent = self._agent(request.container_id, "attach", ATTACHABLE)
         async with agent.attach(request.container_id, stdin=request.stdin) as session:
             yield session
 
@@ -57,15 +60,17 @@ class PodStreams:
         """Connect to a TCP port of a pod's loopback."""
         return self._table.sandbox(sandbox_id).need_agent().dial_port(port)
 
-    def _agent(self, container_id: str, verb: str) -> AgentClient:
+    def _agent(self, container_id: str, verb: str, states: frozenset[ContainerState] = RUNNING) -> AgentClient:
         live = self._table.container(container_id)
-        require_running(live.record.state, container_id, verb)
+        require_state(live.record.state, container_id, verb, states)
         return self._table.sandboxes[live.record.sandbox_id].need_agent()
 
 
-def require_running(state: ContainerState, container_id: str, verb: str) -> None:
-    """Raise `FailedPreconditionError` unless a container is running."""
-    if state is not ContainerState.RUNNING:
+def require_state(
+    state: ContainerState, container_id: str, verb: str, states: frozenset[ContainerState] = RUNNING
+) -> None:
+    """Raise `FailedPreconditionError` unless a container is in one of `states`."""
+    if state not in states:
         raise FailedPreconditionError(
             f"the container is {state.value}, {verb} needs a running one", resource=f"container {container_id}"
         )

@@ -3,8 +3,9 @@
 The order at the end is what Kubernetes' clients wait for: stdout and stderr end, then comes the status, then the error
 stream ends. From protocol v4 on the status is a metav1.Status as JSON, below it a text, and only for a failure.
 
-The client's end kills an exec's process: nobody is left to read it. (A process that is to live on is started with
-setsid and its own output.) An attached container goes on.
+The client's end kills an exec's process: nobody is left to read it. A client that says before that it only goes away
+(`kept`) leaves the process: its output is thrown away from then on, and it ends with the daemon at the latest. An
+attached container goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 
 from vmrt.errors import UnavailableError, VmrtError
 from vmrt.streaming.stream import PeerGoneError, Stream
@@ -46,12 +48,19 @@ async def serve(
     status_json: bool,
     gone: asyncio.Event,
     stopping: asyncio.Event,
+    opened: Callable[[], Awaitable[None]] | None = None,
+    kept: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run the session to the end of the process, the client, or the daemon."""
-    work = asyncio.create_task(_run(targets, request, streams))
+    """Run the session to the end of the process, the client, or the daemon.
+
+    `opened` is called once the process is there. `kept` says whether a client that has gone wants it to go on.
+    """
+    work = asyncio.create_task(_run(targets, request, streams, opened, kept))
     ends = [asyncio.create_task(event.wait()) for event in (gone, stopping)]
     try:
         await asyncio.wait([work, *ends], return_when=asyncio.FIRST_COMPLETED)
+        if not work.done() and not stopping.is_set() and kept():
+            await asyncio.wait([work, ends[1]], return_when=asyncio.FIRST_COMPLETED)
     finally:
         for end in ends:
             end.cancel()
@@ -90,18 +99,26 @@ async def _outcome(work: asyncio.Task[int], stopping: asyncio.Event) -> int:
         raise PeerGoneError("the client has gone") from None
 
 
-async def _run(targets: Targets, request: ExecRequest | AttachRequest, streams: ProcessStreams) -> int:
+async def _run(
+    targets: Targets,
+    request: ExecRequest | AttachRequest,
+    streams: ProcessStreams,
+    opened: Callable[[], Awaitable[None]] | None,
+    kept: Callable[[], bool],
+) -> int:
     async with _open(targets, request) as process:
+        if opened is not None:
+            await opened()
         inward = []
         if streams.stdin is not None:
-            inward.append(asyncio.create_task(_quietly(_feed, process, streams.stdin)))
+            inward.append(asyncio.create_task(_quietly(partial(_feed, process, streams.stdin, kept))))
         if streams.resize is not None:
-            inward.append(asyncio.create_task(_quietly(_resize, process, streams.resize)))
+            inward.append(asyncio.create_task(_quietly(partial(_resize, process, streams.resize))))
         try:
             async for is_stderr, data in process:
                 sink = streams.stderr if is_stderr else streams.stdout
                 if sink is not None:
-                    await sink.write(data)
+                    await _deliver(sink, data, kept)
             return await process.exit_code()
         finally:
             for task in inward:
@@ -114,20 +131,31 @@ def _open(targets: Targets, request: ExecRequest | AttachRequest) -> AbstractAsy
     return targets.exec(request) if isinstance(request, ExecRequest) else targets.attach(request)
 
 
-async def _quietly(work: Callable[[Process, Stream], Awaitable[None]], process: Process, stream: Stream) -> None:
+async def _deliver(sink: Stream, data: bytes, kept: Callable[[], bool]) -> None:
+    """Write output; it is lost when the client has gone and the process is to go on."""
+    try:
+        await sink.write(data)
+    except PeerGoneError:
+        if not kept():
+            raise
+
+
+async def _quietly(work: Callable[[], Awaitable[None]]) -> None:
     """Let what goes to the process end before the process does: the output's end is what counts."""
     try:
-        await work(process, stream)
+        await work()
     except (PeerGoneError, VmrtError) as e:
         log.debug("towards the process: %s", e)
 
 
-async def _feed(process: Process, stdin: Stream) -> None:
+async def _feed(process: Process, stdin: Stream, kept: Callable[[], bool]) -> None:
     try:
         while data := await stdin.read():
             await process.write_stdin(data)
     except PeerGoneError:
-        pass  # a reset ends stdin as FIN does
+        if kept():
+            return  # end of file would end a shell
+        # Else a reset ends stdin as FIN does.
     await process.close_stdin()
 
 

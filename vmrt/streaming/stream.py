@@ -7,12 +7,12 @@ and the kernel's flow control holds the client back. What is written waits for t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from typing import Protocol
 
 INBOX_BYTES = 256 * 1024
 _READ = 65536
+_CLOSE_TIMEOUT_S = 1.0
 
 
 class PeerGoneError(Exception):
@@ -42,6 +42,7 @@ class SocketTransport:
         self._reader = reader
         self._writer = writer
         self._first = b""
+        self._closed = False
 
     def give_back(self, data: bytes) -> None:
         """Have the next `read` return these octets, which were read too far."""
@@ -69,11 +70,17 @@ class SocketTransport:
 
     async def close(self) -> None:
         """Close the connection; what a client does not take in time is dropped."""
+        if self._closed:
+            return
+        self._closed = True
         self._writer.close()
-        with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(1.0):
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await self._writer.wait_closed()
-        self._writer.transport.abort()
+        except TimeoutError:
+            self._writer.transport.abort()
+        except OSError:
+            pass
 
 
 class Inbox:

@@ -232,8 +232,6 @@ class WebSocketUpgrade:
         )
         reading = asyncio.create_task(session.run())
         try:
-            # Clients wait for a first message to know that the session is there.
-            await session.send(min(set(numbers) - {websocket.STDIN}), b"")
             await remotecommand.serve(
                 targets,
                 request,
@@ -241,6 +239,9 @@ class WebSocketUpgrade:
                 status_json=self.protocol.startswith(("v4.", "v5.")),
                 gone=session.gone,
                 stopping=stopping,
+                # Clients wait for a first message to know that the session is there.
+                opened=lambda: session.send(min(set(numbers) - {websocket.STDIN}), b""),
+                kept=lambda: session.detached,
             )
             await session.finish(_linger_s(stopping))
         except PeerGoneError:

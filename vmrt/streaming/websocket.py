@@ -33,6 +33,8 @@ PORTFORWARD = (TUNNEL, "v4.channel.k8s.io", "v4.base64.channel.k8s.io")
 STDIN, STDOUT, STDERR, ERROR, RESIZE = range(5)
 _CLOSE = 255
 _NORMAL, _PROTOCOL_ERROR = 1000, 1002
+# Of the codes for private use (RFC 6455, 7.4.2): the client goes away, and an exec's process is to go on.
+DETACHED = 4001
 
 
 class WebSocket:
@@ -42,6 +44,7 @@ class WebSocket:
         self._transport = transport
         self._connection = connection
         self._close_sent = False
+        self.close_code = 0  # the peer's, once it has closed
 
     async def messages(self) -> AsyncIterator[tuple[bytes | str, bool]]:
         """Yield (piece of a message, whether it is the last one) until the connection ends. Pings are answered."""
@@ -53,6 +56,7 @@ class WebSocket:
                 elif isinstance(event, events.Ping):
                     await self._send(event.response())
                 elif isinstance(event, events.CloseConnection):
+                    self.close_code = event.code
                     if not self._close_sent:
                         self._close_sent = True
                         with contextlib.suppress(PeerGoneError):
@@ -126,6 +130,11 @@ class ChannelSession:
         self.channels = {number: Channel(self, number) for number in channels}
         self._readable = frozenset(readable)
         self.gone = asyncio.Event()
+
+    @property
+    def detached(self) -> bool:
+        """Whether the client has gone and wants the process to go on."""
+        return self._socket.close_code == DETACHED
 
     async def run(self) -> None:
         """Serve what the client sends until its end. Never raises but for cancellation."""
