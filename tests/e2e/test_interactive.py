@@ -70,6 +70,11 @@ class House:
     daemon: Daemon
     pod: Pod
     tls: tuple[str, ...]
+    scratch: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "TMPDIR": str(self.scratch)}
 
     def argv(self, *arguments: str, tls: bool = True) -> list[str]:
         options = self.tls if tls else ()
@@ -84,6 +89,7 @@ class House:
             capture_output=True,
             check=False,
             cwd=CHECKOUT,
+            env=self.environment,
             timeout=PATIENCE_S,
         )
         assert done.returncode == status, (arguments, done.returncode, done.stdout[-500:], done.stderr.decode())
@@ -101,18 +107,25 @@ def house(layout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ho
         daemon.load(layout)
         pod = run_pod(daemon, tmp_path_factory.mktemp("logs"))
         pod.run("sleep", "100000", name="box")
-        yield House(daemon, pod, ("--tls-ca", str(authority), "--tls-cert", str(client)))
+        scratch = tmp_path_factory.mktemp("run")
+        yield House(daemon, pod, ("--tls-ca", str(authority), "--tls-cert", str(client)), scratch)
 
 
 class Terminal:
     """A program on a pseudo-terminal of its own."""
 
-    def __init__(self, argv: list[str]) -> None:
+    def __init__(self, argv: list[str], environment: dict[str, str]) -> None:
         self.master, self.slave = pty.openpty()
         termios.tcsetwinsize(self.slave, (33, 101))
         self.before = termios.tcgetattr(self.slave)
         self.process = subprocess.Popen(
-            argv, stdin=self.slave, stdout=self.slave, stderr=self.slave, cwd=CHECKOUT, start_new_session=True
+            argv,
+            stdin=self.slave,
+            stdout=self.slave,
+            stderr=self.slave,
+            cwd=CHECKOUT,
+            env=environment,
+            start_new_session=True,
         )
         self.seen = ""
 
@@ -154,7 +167,7 @@ def terminal(house: House) -> Iterator[Callable[..., Terminal]]:
     made: list[Terminal] = []
 
     def make(*arguments: str) -> Terminal:
-        made.append(Terminal(house.argv(*arguments)))
+        made.append(Terminal(house.argv(*arguments), house.environment))
         return made[-1]
 
     yield make
@@ -279,4 +292,4 @@ def test_run_with_a_terminal_detach_and_attach(house: House, terminal: Callable[
     again.type("exit 6\n")
     assert again.end() == 0
     house.vmrt("rm", "-f", "seat")
-    assert [name for name in Path(os.environ.get("TMPDIR", "/tmp")).glob("vmrt-run-*")] == []
+    assert list(house.scratch.iterdir()) == []

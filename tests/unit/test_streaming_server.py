@@ -18,7 +18,7 @@ from wsproto import events
 
 from vmrt.config import StreamingConfig
 from vmrt.errors import ConfigError, ExhaustedError, UnavailableError
-from vmrt.streaming import server, spdy, tokens
+from vmrt.streaming import server, spdy, stream, tokens
 from vmrt.streaming.remotecommand import WindowSizes
 from vmrt.streaming.spdy_session import SpdySession, SpdyStream
 from vmrt.streaming.stream import PeerGoneError, SocketTransport
@@ -298,6 +298,81 @@ async def test_a_client_that_does_not_read_holds_the_process_back(
     assert 0 < writers[0].transport.get_write_buffer_size() <= 1024 * 1024
     writer.transport.abort()
     await house.targets.left.wait()
+
+
+@pytest.mark.parametrize("kind", ["spdy", "websocket"])
+async def test_the_clients_end_is_seen_while_its_input_is_held_back(
+    house: House, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "HANG_UP_GRACE_S", 0.01)
+    monkeypatch.setattr(stream, "INBOX_BYTES", 1000)
+    url = house.exec("sleep")
+    # More than the process and the inbox take, less than the kernel holds: TCP tells no end behind a full window.
+    piece, count = b"x" * 2048, 40
+    if kind == "spdy":
+        async with spdy_client(url, V4) as session:
+            streams = await opened(session, "error", "stdin", "stdout", "stderr")
+            for _ in range(count):
+                await streams["stdin"].write(piece)
+            await until_held_back(house)
+    else:
+        async with websocket_client(url, V5) as socket:
+            for _ in range(count):
+                await socket.send(b"\0" + piece)
+            await until_held_back(house)
+    await asyncio.wait_for(house.targets.left.wait(), 60)
+    assert house.targets.processes[0].taken < count * len(piece)
+
+
+async def until_held_back(house: House) -> None:
+    """Wait until a process takes nothing any more."""
+    while not house.targets.processes or not house.targets.processes[0].taken:
+        await asyncio.sleep(0.01)
+    taken = 0
+    while taken != house.targets.processes[0].taken:
+        taken = house.targets.processes[0].taken
+        await asyncio.sleep(0.2)
+
+
+async def test_streams_that_nobody_accepts_are_refused_and_hide_no_end(house: House) -> None:
+    async with spdy_client(house.exec("sleep"), V4) as session:
+        await opened(session, "error", "stdin", "stdout", "stderr")
+        while not house.targets.processes:
+            await asyncio.sleep(0.01)
+        for _ in range(300):
+            late = await session.open([("streamtype", "data")])
+        with pytest.raises(PeerGoneError):
+            await late.read()
+    await asyncio.wait_for(house.targets.left.wait(), 60)
+
+
+async def test_what_a_session_buffers_is_bounded_however_many_its_streams() -> None:
+    budget = stream.Budget()
+    inboxes = [stream.Inbox(budget) for _ in range(100)]
+    held = 0
+
+    async def fill() -> None:
+        nonlocal held
+        for inbox in inboxes:
+            await inbox.put(b"x" * 200_000)
+            held += 200_000
+
+    filling = asyncio.create_task(fill())
+    for _ in range(1000):
+        await asyncio.sleep(0)
+    assert stream.SESSION_BYTES <= held < stream.SESSION_BYTES + stream.INBOX_BYTES
+    # What is taken, thrown away or reset makes room again.
+    for number, inbox in enumerate(inboxes):
+        if number % 3 == 0:
+            await inbox.get()
+        elif number % 3 == 1:
+            await inbox.discard()
+        else:
+            await inbox.end(reset=True)
+        for _ in range(10):
+            await asyncio.sleep(0)
+    await asyncio.wait_for(filling, 60)
+    assert budget._used == 0
 
 
 async def test_a_process_that_does_not_read_holds_the_client_back(house: House) -> None:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import socket
 import ssl
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -97,6 +98,7 @@ class StreamServer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         writer.transport.set_write_buffer_limits(_WRITE_BUFFER_BYTES)
+        _keep_alive(writer)
         transport = SocketTransport(reader, writer)
         try:
             if len(self._tasks) > _MAX_CONNECTIONS:
@@ -137,6 +139,19 @@ class StreamServer:
         transport.give_back(leftover)
         log.info("streaming: %s by %s", kind, session.name)
         await session.serve(transport, self._targets, wanted, self._stopping)
+
+
+def _keep_alive(writer: asyncio.StreamWriter) -> None:
+    """Have the kernel ask after a client that says nothing: sessions have no idle time-out, vanished clients do."""
+    connection = writer.get_extra_info("socket")
+    for level, option, value in (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    ):
+        with contextlib.suppress(OSError):
+            connection.setsockopt(level, option, value)
 
 
 @dataclass

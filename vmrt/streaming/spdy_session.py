@@ -7,11 +7,11 @@ import contextlib
 import logging
 
 from vmrt.streaming import spdy
-from vmrt.streaming.stream import Inbox, PeerGoneError, Transport
+from vmrt.streaming.stream import Budget, Inbox, PeerGoneError, Transport, watch
 
 log = logging.getLogger(__name__)
 
-_OPENED_BOUND = 4096
+_OPENED_BOUND = 256
 
 
 class SpdyStream:
@@ -20,7 +20,7 @@ class SpdyStream:
     def __init__(self, session: SpdySession, stream_id: int, headers: spdy.Headers) -> None:
         self.id = stream_id
         self.headers = dict(headers)
-        self.inbox = Inbox()
+        self.inbox = Inbox(session.budget)
         self._session = session
 
     async def read(self) -> bytes:
@@ -53,9 +53,11 @@ class SpdySession:
         self._streams: dict[int, SpdyStream] = {}
         self._opened: asyncio.Queue[SpdyStream] = asyncio.Queue(_OPENED_BOUND)
         self.gone = asyncio.Event()
+        self.budget = Budget()
 
     async def run(self) -> None:
         """Serve what the client sends until its end. Never raises but for cancellation."""
+        watching = asyncio.create_task(watch(self._transport, self.gone))
         try:
             while data := await self._transport.read():
                 for event in self._connection.receive(data):
@@ -70,17 +72,22 @@ class SpdySession:
             with contextlib.suppress(PeerGoneError):
                 await self._flush()
         finally:
+            watching.cancel()
             self.gone.set()
             for stream in self._streams.values():
                 await stream.inbox.end(reset=True)
 
     async def _handle(self, event: spdy.Event) -> None:
         if isinstance(event, spdy.StreamOpened):
+            if self._opened.full():
+                # Nobody accepts them; waiting would keep the client's end from being seen.
+                self._connection.reset(event.stream_id, spdy.Reset.REFUSED_STREAM)
+                return
             stream = SpdyStream(self, event.stream_id, event.headers)
             self._streams[stream.id] = stream
             if event.fin:
                 await stream.inbox.end()
-            await self._opened.put(stream)
+            self._opened.put_nowait(stream)
         elif isinstance(event, spdy.DataReceived | spdy.StreamReplied):
             if (found := self._streams.get(event.stream_id)) is not None:
                 data = event.data if isinstance(event, spdy.DataReceived) else b""

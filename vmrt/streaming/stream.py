@@ -1,16 +1,22 @@
 """A session's byte streams, whatever carries them, and the connection below.
 
-Rules: a stream buffers at most `INBOX_BYTES` that its consumer has not taken; then the connection is not read any more,
-and the kernel's flow control holds the client back. What is written waits for the socket in the same way.
+Rules: a stream buffers at most `INBOX_BYTES` that its consumer has not taken, and all streams of a session together at
+most `SESSION_BYTES`; then the connection is not read any more, and the kernel's flow control holds the client back.
+What is written waits for the socket in the same way. A connection that is not read does not show that its client has
+gone: `Transport.hung_up` does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import select
 from collections import deque
 from typing import Protocol
 
 INBOX_BYTES = 256 * 1024
+SESSION_BYTES = 4 * 1024 * 1024
+# What a client has sent before it hung up is taken for this long.
+HANG_UP_GRACE_S = 5.0
 _READ = 65536
 _CLOSE_TIMEOUT_S = 1.0
 
@@ -19,7 +25,15 @@ class PeerGoneError(Exception):
     """The client's connection, or this stream of it, has ended."""
 
 
-class Transport(Protocol):
+class HangsUp(Protocol):
+    """What has another end that may go."""
+
+    async def hung_up(self) -> None:
+        """Wait until the client has closed its end, read or not."""
+        ...
+
+
+class Transport(HangsUp, Protocol):
     """An ordered byte stream to the client: a socket, or a WebSocket that carries SPDY."""
 
     async def read(self) -> bytes:
@@ -82,11 +96,55 @@ class SocketTransport:
         except OSError:
             pass
 
+    async def hung_up(self) -> None:
+        """Wait until the client has closed its end, read or not."""
+        socket = self._writer.get_extra_info("socket")
+        if socket is None or socket.fileno() < 0:
+            return
+        # The loop does not watch a connection that is not read; the kernel tells the end apart from data (epoll(7)).
+        with select.epoll() as poll:
+            poll.register(socket.fileno(), select.EPOLLRDHUP | select.EPOLLONESHOT)
+            loop, ended = asyncio.get_running_loop(), asyncio.Event()
+            loop.add_reader(poll.fileno(), ended.set)
+            try:
+                await ended.wait()
+            finally:
+                loop.remove_reader(poll.fileno())
+
+
+async def watch(transport: HangsUp, gone: asyncio.Event) -> None:
+    """Set `gone` when the client has hung up, and its octets have had the time to be read."""
+    await transport.hung_up()
+    await asyncio.sleep(HANG_UP_GRACE_S)
+    gone.set()
+
+
+class Budget:
+    """What all inboxes of one session hold together."""
+
+    def __init__(self) -> None:
+        self._used = 0
+        self._room = asyncio.Event()
+
+    def add(self, octets: int) -> None:
+        """Count octets in, or out when negative."""
+        self._used += octets
+        if self._used < SESSION_BYTES:
+            self._room.set()
+        else:
+            self._room.clear()
+
+    async def wait(self) -> None:
+        """Wait until there is room."""
+        if self._used >= SESSION_BYTES:
+            await self._room.wait()
+
 
 class Inbox:
     """Octets on their way from the connection's reader to the stream's consumer."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget | None = None) -> None:
+        self._budget = budget or Budget()
         self._pieces: deque[bytes] = deque()
         self._size = 0
         self._ended = False
@@ -96,11 +154,13 @@ class Inbox:
 
     async def put(self, data: bytes, *, fin: bool = False) -> None:
         """Add octets, waiting while too many are there."""
+        await self._budget.wait()
         async with self._changed:
             await self._changed.wait_for(lambda: self._size < INBOX_BYTES or self._discarding)
             if data and not self._discarding and not self._ended:
                 self._pieces.append(data)
                 self._size += len(data)
+                self._budget.add(len(data))
             self._ended = self._ended or fin
             self._changed.notify_all()
 
@@ -114,6 +174,7 @@ class Inbox:
                 return b""
             data = self._pieces.popleft()
             self._size -= len(data)
+            self._budget.add(-len(data))
             self._changed.notify_all()
             return data
 
@@ -121,6 +182,8 @@ class Inbox:
         """Tell the consumer that no more comes; a reset before the end of file takes away even what is here."""
         async with self._changed:
             self._reset = self._reset or (reset and not self._ended)
+            if self._reset:
+                self._clear()
             self._ended = True
             self._changed.notify_all()
 
@@ -128,9 +191,13 @@ class Inbox:
         """Throw away what is here and what comes: nobody will take it."""
         async with self._changed:
             self._discarding = True
-            self._pieces.clear()
-            self._size = 0
+            self._clear()
             self._changed.notify_all()
+
+    def _clear(self) -> None:
+        self._pieces.clear()
+        self._budget.add(-self._size)
+        self._size = 0
 
 
 class Stream(Protocol):

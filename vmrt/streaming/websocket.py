@@ -20,7 +20,7 @@ import wsproto
 from wsproto import events
 from wsproto.utilities import LocalProtocolError
 
-from vmrt.streaming.stream import Inbox, PeerGoneError, Transport
+from vmrt.streaming.stream import Budget, Inbox, PeerGoneError, Transport, watch
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,10 @@ class WebSocket:
         message = events.TextMessage(data=data) if isinstance(data, str) else events.BytesMessage(data=data)
         await self._send(message)
 
+    async def hung_up(self) -> None:
+        """Wait until the client has closed its end, read or not."""
+        await self._transport.hung_up()
+
     async def ping(self) -> None:
         """Ask for a sign of life. Raises `PeerGoneError`."""
         await self._send(events.Ping())
@@ -99,7 +103,7 @@ class Channel:
 
     def __init__(self, session: ChannelSession, number: int) -> None:
         self.number = number
-        self.inbox = Inbox()
+        self.inbox = Inbox(session.budget)
         self._session = session
 
     async def read(self) -> bytes:
@@ -127,6 +131,7 @@ class ChannelSession:
         self._socket = socket
         self._half_close = protocol == V5
         self._text = "base64" in protocol
+        self.budget = Budget()
         self.channels = {number: Channel(self, number) for number in channels}
         self._readable = frozenset(readable)
         self.gone = asyncio.Event()
@@ -139,6 +144,7 @@ class ChannelSession:
     async def run(self) -> None:
         """Serve what the client sends until its end. Never raises but for cancellation."""
         decoder = _TextMessage() if self._text else _BinaryMessage()
+        watching = asyncio.create_task(watch(self._socket, self.gone))
         try:
             async for piece, last in self._socket.messages():
                 for channel, data in decoder.feed(piece, last):
@@ -149,6 +155,7 @@ class ChannelSession:
         except PeerGoneError:
             pass
         finally:
+            watching.cancel()
             self.gone.set()
             for each in self.channels.values():
                 await each.inbox.end(reset=True)
@@ -257,3 +264,7 @@ class TunnelTransport:
     async def close(self) -> None:
         """Begin the closing handshake."""
         await self._socket.close()
+
+    async def hung_up(self) -> None:
+        """Wait until the client has closed its end, read or not."""
+        await self._socket.hung_up()
