@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import lifecycle
+from bench import lifecycle, portforward
 from bench.stand import Stage
 
-STAGES: tuple[Stage, ...] = (lifecycle.STAGE,)
+STAGES: tuple[Stage, ...] = (lifecycle.STAGE, portforward.STAGE)

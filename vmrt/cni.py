@@ -5,8 +5,8 @@ specification leaves a choice, libcni's is taken, because kubelet's users know i
 .json, in name order, the first valid one wins.
 
 Rules: decisions are pure functions; only `read_config_dir`, `find_plugin`, `invoke` and `write_durably` touch the
-system. DEL always
-runs with the `Attachment` that ADD ran with, never with what the configuration has become since.
+system. DEL always runs with the `Attachment` that ADD ran with, never with what the configuration has become since.
+What plugins are told of the pod is made by `cni_args`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from vmrt import spawn
 from vmrt.errors import DeadlineError, NetworkError, ProcessError
-from vmrt.model import DnsConfig, SandboxSpec
+from vmrt.model import DnsConfig
 
 Json = dict[str, Any]
 
@@ -197,49 +197,6 @@ def _version(name: str, whole: Json) -> str:
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-def cni_args(sandbox_id: str, spec: SandboxSpec) -> str:
-    """Return CNI_ARGS with the keys that Kubernetes' runtimes have always given."""
-    pairs = {
-        "IgnoreUnknown": "1",
-        "K8S_POD_NAMESPACE": spec.namespace,
-        "K8S_POD_NAME": spec.name,
-        "K8S_POD_INFRA_CONTAINER_ID": sandbox_id,
-        "K8S_POD_UID": spec.uid,
-    }
-    for key, value in pairs.items():
-        if any(c in ";=" or not c.isprintable() for c in value):
-            raise NetworkError(
-                f"{key} {value!r} cannot be given to a plugin: ';', '=' and control codes separate arguments",
-                phase="cni add",
-                resource=f"sandbox {sandbox_id}",
-            )
-    return ";".join(f"{key}={value}" for key, value in pairs.items())
-
-
-def capability_args(spec: SandboxSpec) -> Json:
-    """Return what a plugin gets that declares the capability (CONVENTIONS.md)."""
-    args: Json = {}
-    mappings = [
-        {
-            "hostPort": mapping.host_port,
-            "containerPort": mapping.container_port,
-            "protocol": mapping.protocol.value,
-            "hostIP": mapping.host_ip,
-        }
-        for mapping in spec.port_mappings
-        if mapping.host_port
-    ]
-    if mappings:
-        args["portMappings"] = mappings
-    if spec.dns is not None:
-        args["dns"] = {
-            "servers": list(spec.dns.servers),
-            "searches": list(spec.dns.searches),
-            "options": list(spec.dns.options),
-        }
-    return args
-
-
 def offers(conflist: ConfList, capability: str) -> bool:
     """Say whether some plugin of the chain declares the capability."""
     return any(_capabilities(plugin).get(capability) is True for plugin in conflist.plugins)
@@ -276,15 +233,19 @@ def search_path(inherited: Mapping[str, str]) -> str:
 
 def environment(attachment: Attachment, command: str, inherited: Mapping[str, str]) -> dict[str, str]:
     """Return a plugin's environment: ours, the CNI parameters, and a PATH on which iptables is found."""
-    return {
+    variables = {
         **inherited,
         "PATH": search_path(inherited),
         "CNI_COMMAND": command,
+        "CNI_PATH": ":".join(attachment.bin_dirs),
+    }
+    if command in ("STATUS", "GC"):  # of the network, not of a container
+        return variables
+    return variables | {
         "CNI_CONTAINERID": attachment.container_id,
         "CNI_NETNS": attachment.netns,
         "CNI_IFNAME": attachment.ifname,
         "CNI_ARGS": attachment.args,
-        "CNI_PATH": ":".join(attachment.bin_dirs),
     }
 
 
@@ -381,8 +342,13 @@ def missing_plugins(conflist: ConfList, bin_dirs: Sequence[str]) -> tuple[str, .
     return tuple(missing)
 
 
-async def invoke(attachment: Attachment, index: int, command: str, timeout_s: float) -> Json | None:
-    """Run one plugin; return its result for ADD, else None. Raises `CniError`. Cancelling kills the plugin."""
+async def invoke(
+    attachment: Attachment, index: int, command: str, timeout_s: float, more: Json | None = None
+) -> Json | None:
+    """Run one plugin; return its result for ADD, else None. Raises `CniError`. Cancelling kills the plugin.
+
+    `more` is added to what it reads.
+    """
     kind = attachment.conflist.plugins[index]["type"]
 
     def failed(text: str, hint: str = "", code: int = 0) -> CniError:
@@ -393,7 +359,7 @@ async def invoke(attachment: Attachment, index: int, command: str, timeout_s: fl
     try:
         done = await spawn.run(
             [find_plugin(kind, attachment.bin_dirs)],
-            input_bytes=json.dumps(request_config(attachment, index, command)).encode(),
+            input_bytes=json.dumps(request_config(attachment, index, command) | (more or {})).encode(),
             env=environment(attachment, command, os.environ),
             timeout_s=timeout_s,
             check=False,
@@ -436,6 +402,25 @@ async def delete(attachment: Attachment, timeout_s: float) -> None:
     for index in reversed(range(len(attachment.conflist.plugins))):
         try:
             await invoke(attachment, index, "DEL", timeout_s)
+        except CniError as e:
+            first = first or e
+    if first is not None:
+        raise first
+
+
+async def collect(attachment: Attachment, valid: Sequence[tuple[str, str]], timeout_s: float) -> None:
+    """Run the chain's GC (1.1.0): plugins free what belongs to none of the (container id, interface) of `valid`.
+
+    All plugins are run; the first error is raised at the end.
+    """
+    conflist = attachment.conflist
+    if VERSIONS.index(conflist.version) < VERSIONS.index("1.1.0"):
+        return
+    attachments = [{"containerID": container_id, "ifname": ifname} for container_id, ifname in valid]
+    first: CniError | None = None
+    for index in range(len(conflist.plugins)):
+        try:
+            await invoke(attachment, index, "GC", timeout_s, {"cni.dev/valid-attachments": attachments})
         except CniError as e:
             first = first or e
     if first is not None:

@@ -67,6 +67,9 @@ class NetworkConfig:
     fallback_subnet: str = "10.241.0.0/16"
     fallback_subnet_v6: str = ""
     cni_timeout_s: float = 60.0
+    # Run CNI's GC at start. It frees what the plugins hold for pods that are not ours: only where no other runtime
+    # (a delegate, for one) uses the same network.
+    cni_gc: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Below the daemon's root:
     cni/<sandbox id>.json  what ADD ran with and returned (`vmrt.cni.Attachment`), there before the first plugin runs
     cni/ipam/            host-local's leases for the built-in configuration
     cni-fallback.json    the subnets that the built-in configuration took
+    pod-ranges.json      the node's pod CIDRs, as kubelet told them last
 
 Rules: the record is written before a side effect and removed after the last; `teardown` needs nothing else. The
 blocking work of `vmrt.netns` runs in worker threads and, once begun, to its end, also when the caller is cancelled.
@@ -16,6 +17,7 @@ import asyncio
 import contextlib
 import functools
 import ipaddress
+import json
 import logging
 import re
 import time
@@ -24,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vmrt import cni, netns
+from vmrt import cni, cni_args, conntrack, netns
 from vmrt.config import NetworkConfig
 from vmrt.errors import DeadlineError, NetworkError, VmrtError
 from vmrt.fallback_network import BUILT_IN, FallbackNetwork, netfilter_rules
@@ -50,6 +52,7 @@ class NetBridge:
         self._config = config
         self._netns_dir = root / "netns"
         self._record_dir = root / "cni"
+        self._ranges = root / "pod-ranges.json"
         self._tap_owner = tap_owner
         self._bin_dirs = tuple(str(directory) for directory in config.cni_bin_dirs)
         self._fallback = FallbackNetwork(config, root, instance, lambda: bool(self.list()))
@@ -71,6 +74,28 @@ class NetBridge:
         ready, _, message = await self.status()
         if not ready:
             log.warning("network is not ready: %s", message)
+        elif self._config.cni_gc:
+            await self._collect()
+
+    async def _collect(self) -> None:
+        """Have the plugins free what they hold for none of our pods; a failure costs no more than what stays held."""
+        conflist = await self._conflist()
+        attachments = [await self._recall(sandbox_id) for sandbox_id in self.list()]
+        valid = [
+            (each.container_id, each.ifname) for each in attachments if each and each.conflist.name == conflist.name
+        ]
+        collector = cni.Attachment("gc", "", IFNAME, "", {}, conflist, self._bin_dirs)
+        try:
+            await cni.collect(collector, valid, self._config.cni_timeout_s)
+        except NetworkError as e:
+            log.warning("CNI GC: %s", e)
+
+    async def set_pod_ranges(self, cidrs: Sequence[str]) -> None:
+        """Remember the node's pod CIDRs, for plugins that declare the capability ipRanges."""
+        content = json.dumps({"format": 1, "ranges": list(cidrs)}).encode()
+        if await asyncio.to_thread(read_pod_ranges, self._ranges) != tuple(cidrs):
+            await netns.in_thread(cni.write_durably, self._ranges, content)
+            log.info("the node's pod ranges are %s", ", ".join(cidrs))
 
     async def close(self) -> None:
         """Remove the built-in configuration's bridge if no pod is left; pods keep their network."""
@@ -113,8 +138,8 @@ class NetBridge:
             container_id=sandbox_id,
             netns=str(path),
             ifname=IFNAME,
-            args=cni.cni_args(sandbox_id, spec),
-            capability_args=cni.capability_args(spec),
+            args=cni_args.cni_args(sandbox_id, spec),
+            capability_args=cni_args.capability_args(spec, await asyncio.to_thread(read_pod_ranges, self._ranges)),
             conflist=conflist,
             bin_dirs=self._bin_dirs,
         )
@@ -167,6 +192,12 @@ class NetBridge:
             if forget_netns:
                 await netns.in_thread(netns.remove, path)
             raise
+        if attachment is not None and (addresses := udp_published(attachment)):
+            try:
+                await netns.in_thread(conntrack.forget_udp, addresses)
+            except NetworkError as e:
+                # They end by themselves when their clients fall silent.
+                log.warning("sandbox %s: %s", sandbox_id, e)
         await netns.in_thread(netns.remove, path)
         await netns.in_thread(functools.partial(record.unlink, missing_ok=True))
 
@@ -374,6 +405,25 @@ def guest_routes(routes: Sequence[netns.KernelRoute]) -> tuple[GuestRoute, ...]:
                 extra[alone] = GuestRoute(alone, "", IFNAME, scope=253 if gateway.version == 4 else 0)
     plain.sort(key=lambda route: (route.gateway != "", -ipaddress.ip_network(route.destination).prefixlen))
     return (*extra.values(), *plain)
+
+
+def udp_published(attachment: cni.Attachment) -> tuple[str, ...]:
+    """Return the pod's addresses if host ports have led UDP to them."""
+    mappings = attachment.capability_args.get("portMappings", [])
+    if attachment.result is None or not any(mapping["protocol"].lower() == "udp" for mapping in mappings):
+        return ()
+    return tuple(cidr.partition("/")[0] for cidr in cni.parse_result(attachment.result, attachment.ifname).addresses)
+
+
+def read_pod_ranges(path: Path) -> tuple[str, ...]:
+    """Return the pod CIDRs that were written down last; none where there is no such file, or it is damaged."""
+    try:
+        return tuple(str(cidr) for cidr in json.loads(path.read_bytes())["ranges"])
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        log.warning("%s: %r: going on without the node's pod ranges until kubelet tells them again", path, e)
+        return ()
 
 
 def masqueraded(attachment: cni.Attachment) -> tuple[str, ...]:

@@ -44,6 +44,9 @@ class FakeNetwork:
     async def open(self) -> None:
         self._call("open")
 
+    async def set_pod_ranges(self, cidrs: Sequence[str]) -> None:
+        self._call("set_pod_ranges", *cidrs)
+
     async def close(self) -> None:
         self._call("close")
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from vmrt import cni
 from vmrt.errors import NetworkError
-from vmrt.model import DnsConfig, PortMapping, Protocol, SandboxSpec
+from vmrt.model import DnsConfig
 
-SPEC = SandboxSpec("web-0", "uid-1", "default")
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -151,21 +150,11 @@ def test_environment() -> None:
     assert env["PATH"].startswith("/usr/bin:") and "/usr/sbin" in env["PATH"]
 
 
-def test_arguments_name_the_pod() -> None:
-    assert cni.cni_args("id1", SPEC) == (
-        "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0;K8S_POD_INFRA_CONTAINER_ID=id1;K8S_POD_UID=uid-1"
-    )
-    for bad in ("a;b", "a=b", "a\nb"):
-        with pytest.raises(NetworkError, match="K8S_POD_NAMESPACE"):
-            cni.cni_args("id1", replace(SPEC, namespace=bad))
-
-
-def test_capabilities_given() -> None:
-    assert cni.capability_args(SPEC) == {}
-    ports = (PortMapping(Protocol.UDP, 53, 5353, "127.0.0.1"), PortMapping(Protocol.TCP, 80))
-    args = cni.capability_args(replace(SPEC, port_mappings=ports, dns=DnsConfig(("192.0.2.1",))))
-    assert args["portMappings"] == [{"hostPort": 5353, "containerPort": 53, "protocol": "udp", "hostIP": "127.0.0.1"}]
-    assert args["dns"] == {"servers": ["192.0.2.1"], "searches": [], "options": []}
+def test_requests_of_the_network_name_no_container() -> None:
+    for command in ("STATUS", "GC"):
+        variables = cni.environment(an_attachment(), command, {"PATH": "/bin"})
+        assert variables["CNI_COMMAND"] == command
+        assert not variables.keys() & {"CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS"}
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

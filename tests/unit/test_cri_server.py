@@ -159,6 +159,9 @@ class FakePods(Pods):
     def events(self) -> AsyncIterator[Event]:
         return self.lifecycle.subscribe()
 
+    async def set_pod_ranges(self, cidrs: Sequence[str]) -> None:
+        await self._do("ranges", *cidrs)
+
     async def status(self) -> Ready:
         return Ready()
 
@@ -304,6 +307,22 @@ async def test_version_and_status(edge: Edge) -> None:
     config = await edge.runtime.RuntimeConfig(cri.RuntimeConfigRequest())
     assert config.linux.cgroup_driver == cgroup_driver()
     await edge.runtime.UpdateRuntimeConfig(cri.UpdateRuntimeConfigRequest())
+
+
+@pytest.mark.parametrize(
+    ("text", "ranges"),
+    [("10.0.3.0/24", ("10.0.3.0/24",)), ("10.0.3.0/24, fd00:3::/64", ("10.0.3.0/24", "fd00:3::/64"))],
+)
+async def test_the_nodes_pod_ranges_are_handed_on(edge: Edge, text: str, ranges: tuple[str, ...]) -> None:
+    network = cri.NetworkConfig(pod_cidr=text)
+    request = cri.UpdateRuntimeConfigRequest(runtime_config=cri.RuntimeConfig(network_config=network))
+    await edge.runtime.UpdateRuntimeConfig(request)
+    assert ("ranges", *ranges) in edge.pods.calls
+    for bad in ("10.0.3.1/24", "10.0.3.0/24,10.0.4.0/24", "x", "10.0.3.0/24,"):
+        network.pod_cidr = bad
+        request.runtime_config.network_config.CopyFrom(network)
+        with pytest.raises(grpc.aio.AioRpcError, match="pod_cidr"):
+            await edge.runtime.UpdateRuntimeConfig(request)
 
 
 async def test_a_pods_way(edge: Edge) -> None:

@@ -138,6 +138,10 @@ class Pods(Protocol):
         """Yield what happens to sandboxes and containers from now on."""
         ...
 
+    async def set_pod_ranges(self, cidrs: Sequence[str]) -> None:
+        """Remember the node's pod CIDRs."""
+        ...
+
     async def status(self) -> RuntimeStatus:
         """Say whether pods can be run."""
         ...

@@ -78,9 +78,10 @@ class RuntimeService(StatsCalls, cri_grpc.RuntimeServiceServicer):
     async def UpdateRuntimeConfig(
         self, request: cri.UpdateRuntimeConfigRequest, context: Any
     ) -> cri.UpdateRuntimeConfigResponse:
-        """Accept the node's pod range: addresses are given by the CNI configuration, which is somebody else's."""
-        cidr = fields.text(request.runtime_config.network_config.pod_cidr, "runtime_config.network_config.pod_cidr")
-        log.debug("kubelet's pod range is %s; CNI's configuration decides", cidr or "not set")
+        """Take the node's pod ranges, one of each family at most; CNI plugins that ask for them are told."""
+        path = "runtime_config.network_config.pod_cidr"
+        if text := fields.text(request.runtime_config.network_config.pod_cidr, path):
+            await self._pods.set_pod_ranges(specs.pod_ranges(text, path))
         return cri.UpdateRuntimeConfigResponse()
 
     # --- pod sandboxes ---

@@ -7,6 +7,7 @@ parts are ignored, as CRI says of a Linux node.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Collection, Mapping, Sequence
 
@@ -52,6 +53,20 @@ def signal_name(value: int) -> str:
 
 
 SIGNALS: Mapping[str, cri.Signal.ValueType] = {signal_name(value): value for value in cri.Signal.values()}
+
+
+def pod_ranges(text: str, path: str) -> tuple[str, ...]:
+    """Return a node's pod CIDRs, "10.0.3.0/24,fd00:3::/64": one of each family at most."""
+    ranges = []
+    for word in text.split(","):
+        try:
+            ranges.append(ipaddress.ip_network(word.strip()))
+        except ValueError as e:
+            refuse(path, f"holds {fields.short(word)}, which is no range: {e}")
+    if len({each.version for each in ranges}) != len(ranges):
+        refuse(path, "has two ranges of one family")
+    return tuple(map(str, ranges))
+
 
 _SYSCTL = re.compile(r"[A-Za-z0-9_-]+([./][A-Za-z0-9_-]+)+")
 _CPU_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")

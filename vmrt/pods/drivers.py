@@ -126,6 +126,10 @@ class Network(Protocol):
         """Return (ready, reason, message) for CRI's NetworkReady condition."""
         ...
 
+    async def set_pod_ranges(self, cidrs: Sequence[str]) -> None:
+        """Remember the node's pod CIDRs, for networks whose addresses are given by the runtime's word."""
+        ...
+
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total) as work goes on; total 0 when unknown."""

@@ -226,6 +226,10 @@ class PodService:
         }
         return RuntimeStatus(ready, reason, message, *network, info={"config": json.dumps(config)})
 
+    async def set_pod_ranges(self, cidrs: Sequence[str]) -> None:
+        """Remember the node's pod CIDRs."""
+        await self._table.network.set_pod_ranges(cidrs)
+
     async def sandbox_info(self, sandbox_id: str) -> dict[str, str]:
         """Return details for a person, JSON values: the VM, its processes, phase timings, the console's end."""
         table = self._table
