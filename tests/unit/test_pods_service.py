@@ -19,7 +19,7 @@ from vmrt.errors import (
     VmGoneError,
     VmrtError,
 )
-from vmrt.model import VmEventKind
+from vmrt.model import Mount, VmEventKind
 from vmrt.pods import recovery
 from vmrt.pods.records import ContainerState, SandboxState
 
@@ -208,6 +208,34 @@ def test_a_spoiled_create_leaves_nothing(fault: Fault, tmp_path: Path, monkeypat
         assert world.left() == before
         assert world.guest_of(sandbox).containers == {}
         container = await world.service.create_container(sandbox, CONTAINER)
+        await world.service.start_container(container)
+        assert world.service.container(container).state is ContainerState.RUNNING
+
+    run(tmp_path, monkeypatch, test)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *faults(["agent create"]),
+        *faults(["retain", "save container created"], cancel=False),
+        Fault("save container creating", True, VmrtError("injected")),
+    ],
+    ids=str,
+)
+def test_a_spoiled_create_with_an_image_volume_leaves_nothing(
+    fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(world: World) -> None:
+        spec = replace(CONTAINER, mounts=(Mount("/data", readonly=True, image="volume"),))
+        sandbox = await world.service.run_sandbox(SANDBOX)
+        # Another one, which must keep what the spoiled one shares with it.
+        other = await world.service.create_container(sandbox, replace(spec, name="other"))
+        before = world.left()
+        await spoiled(world, fault, world.service.create_container(sandbox, spec))
+        assert world.left() == before
+        assert [*world.guest_of(sandbox).containers] == [other]
+        container = await world.service.create_container(sandbox, spec)
         await world.service.start_container(container)
         assert world.service.container(container).state is ContainerState.RUNNING
 
