@@ -168,6 +168,7 @@ func TestPod(t *testing.T) {
 	})
 	t.Run("containers", p.testContainers)
 	t.Run("bad-containers", p.testBadContainers)
+	t.Run("kubelet", p.testKubelet)
 
 	left := p.start(t, shell("left", image, "exec sleep 100000"))
 	if err := d.runtime.StopPodSandbox(ctx, p.id); err != nil {

@@ -38,7 +38,12 @@ def container(
 
 
 def test_sandbox_status() -> None:
-    status = statuses.sandbox_status(sandbox("aa", app="x"))
+    record = sandbox("aa", app="x")
+    record = replace(record, spec=replace(record.spec, runtime_handler="big"))
+    status = statuses.sandbox_status(record)
+    # kubelet makes a pod anew whose handler or network mode is not told as it was asked for.
+    assert statuses.sandbox_item(record).runtime_handler == status.runtime_handler == "big"
+    assert status.linux.namespaces.options.network == cri.POD
     assert (status.id, status.state, status.created_at) == ("aa", cri.SANDBOX_READY, 1234)
     assert status.metadata == cri.PodSandboxMetadata(name="web", uid="u1", namespace="default", attempt=2)
     assert (status.network.ip, [ip.ip for ip in status.network.additional_ips]) == ("10.1.0.2", ["fd00::2"])

@@ -111,3 +111,11 @@ async def test_one_who_gives_up_does_not_take_the_call_from_the_others() -> None
     await asyncio.sleep(0)
     house.agent.gate.set()
     assert await second == {"a"}
+
+
+async def test_a_hundred_containers_cost_one_call() -> None:
+    names = {f"c{number}" for number in range(100)}
+    house = House(*sorted(names))
+    # Lists, single ones and the metrics of kubelet, crictl and a monitoring agent, all at one time.
+    assert await asyncio.gather(*(house.ask() for _ in range(10))) == [names] * 10
+    assert house.agent.calls == 1
