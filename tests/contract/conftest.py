@@ -70,10 +70,11 @@ def exec_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class AgentHost:
-    """A running agent: its client, its PID 1 as this machine numbers it, and the root that process sees."""
+    """A running agent: its client, its PID 1 as this machine numbers it, the root that process sees, its cgroup."""
 
     client: AgentClient
     pid: int
+    cgroup: Path
 
     @property
     def root(self) -> Path:
@@ -107,7 +108,10 @@ async def agent_host(root_layer: Path, exec_program: Path, tmp_path: Path) -> As
         agent = AgentClient(dial, "host")
         try:
             async with asyncio.timeout(100):
-                running = AgentHost(agent, await inner_pid(host.pid))
+                pid = await inner_pid(host.pid)
+                # Named as agent_host does it: in the machine's hierarchy other runs of these tests have theirs.
+                name = f"{CGROUP_PREFIX}{tmp_path.name}-{tmp_path.stat().st_ino}"
+                running = AgentHost(agent, pid, Path(f"/proc/{pid}/root/sys/fs/cgroup") / name)
                 yield running
             for info in (await agent.list_containers()).containers:
                 await agent.remove_container(info.container_id)
@@ -117,8 +121,7 @@ async def agent_host(root_layer: Path, exec_program: Path, tmp_path: Path) -> As
             assert list((left / "containers").iterdir()) == []
             assert list((left / "scratch").iterdir()) == []
             assert [path.name for path in left.iterdir() if path.name.startswith(("crun.", "tty."))] == []
-            (cgroup,) = (inner / "sys/fs/cgroup").glob(f"{CGROUP_PREFIX}{tmp_path.name}-*")
-            cgroup.rmdir()  # fails unless every container's cgroup is gone
+            running.cgroup.rmdir()  # fails unless every container's cgroup is gone
         finally:
             await agent.close()
             log.cancel()

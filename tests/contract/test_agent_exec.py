@@ -154,8 +154,7 @@ async def _crun_exec(host: AgentHost, args: list[str], directory: Path, *, tty: 
         f"--process={file}",
         "--cgroup=exec-0",
     ]
-    (leaf,) = (host.root / "sys/fs/cgroup").glob("vmrt-test-*/c")
-    leaf = leaf / "exec-0"
+    leaf = host.cgroup / "c" / "exec-0"
     leaf.mkdir()
     try:
         if not tty:
@@ -274,8 +273,7 @@ async def test_a_command_that_cannot_be_is_named_and_leaves_nothing(
     broken.chmod(0o755)
     with pytest.raises(errors.InvalidArgumentError, match=text):
         await execute(agent_host.client, "c", *args)
-    (cgroup,) = (agent_host.root / "sys/fs/cgroup").glob("vmrt-test-*/c")
-    assert not list(cgroup.glob("exec-*"))
+    assert not list((agent_host.cgroup / "c").glob("exec-*"))
 
 
 async def test_a_working_directory_that_is_gone_is_named(agent_host: AgentHost) -> None:
