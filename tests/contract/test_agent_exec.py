@@ -246,6 +246,27 @@ async def test_a_filter_acts_in_an_exec(agent_host: AgentHost) -> None:
     assert b"Permission denied" in err
 
 
+async def test_a_filter_is_compiled_once(agent_host: AgentHost) -> None:
+    """The second container of a profile has the same filter, which crun was given and did not compile."""
+    await _running(agent_host, "seccomp")
+    spec, user = _spec("seccomp")
+    request = pb.CreateContainerRequest(container_id="d", layer_serials=["base"], oci_spec=spec, user=user)
+    await agent_host.client.create_container(request)
+    await agent_host.client.start_container("d")
+    state = agent_host.root / "run/vmrt/crun"
+    assert (state / "d/seccomp.bpf").read_bytes() == (state / "c/seccomp.bpf").read_bytes() != b""
+    annotations = [json.loads((state / name / "config.json").read_text()).get("annotations", {}) for name in "cd"]
+    assert ["run.oci.seccomp_bpf_data" in found for found in annotations] == [False, True]
+    for name in ("c", "d"):
+        code, _, err = await execute(agent_host.client, name, "busybox", "mkdir", "/tmp/directory")
+        assert code != 0
+        assert b"Permission denied" in err
+    # The main process has it too, not only what is executed later.
+    (info,) = [info for info in (await agent_host.client.list_containers()).containers if info.container_id == "d"]
+    status = (agent_host.root / f"proc/{info.pid}/status").read_text()
+    assert "Seccomp:\t2\n" in status
+
+
 async def test_no_exec_without_the_filter_that_the_container_has(agent_host: AgentHost) -> None:
     await _running(agent_host, "seccomp")
     (agent_host.root / "run/vmrt/crun/c/seccomp.bpf").unlink()

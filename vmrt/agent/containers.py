@@ -79,7 +79,7 @@ class Container:
     def exec_template(self) -> bytes:
         """Return what the plans of all its execs share. Raises `AgentError`."""
         if not self._exec_template:
-            self._exec_template = enter.template(self.spec, f"{crun.STATE}/{self.id}/seccomp.bpf")
+            self._exec_template = enter.template(self.spec, crun.filter_path(self.id))
         return self._exec_template
 
     def require(self, *states: int) -> None:
@@ -188,6 +188,7 @@ class Containers:
             target_pid=target_pid,
         )
         self._add_devices(container.spec, request, deadline)
+        self.crun.know_filter(container.spec)
         _write_json(f"{container.directory}/config.json", container.spec)
         container.tty = bool(container.spec["process"].get("terminal"))
         container.stdin_once = request.stdin_once
@@ -196,6 +197,7 @@ class Containers:
         # crun keeps a cgroup and a state directory from the moment it starts.
         undo.callback(self._delete, container)
         self._crun_create(container, stdin=request.stdin, timeout_s=max(1.0, deadline - time.monotonic()))
+        self.crun.keep_filter(container.id, container.spec)
 
     def _add_devices(self, wanted: dict[str, Any], request: pb.CreateContainerRequest, deadline: float) -> None:
         if request.devices or request.all_devices:
@@ -418,4 +420,4 @@ def _write_json(path: str, value: object) -> None:
 
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "w") as file:
-        json.dump(value, file)
+        file.write(json.dumps(value))  # json.dump is not the one in C

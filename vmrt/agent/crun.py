@@ -18,10 +18,15 @@ from vmrt.agent.process import DEVNULL
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from vmrt.agent.process import Child, Exit, Reaper
 
 STATE = "/run/vmrt/crun"
+# The kernel takes 4096 instructions of 8 octets.
+_FILTER_BYTES = 4096 * 8
+_FILTERS = 16
+_FILTER_ANNOTATION = "run.oci.seccomp_bpf_data"
 _CONSOLES = "/run/vmrt/tty"
 _LOG_LIMIT = 16384
 # crun's own words for a command that cannot be started (libcrun: find_executable, exec).
@@ -59,6 +64,18 @@ def refusal(what: str, log: str, command: str = "") -> status.AgentError:
     return status.AgentError(status.INVALID_ARGUMENT if wrong_command else status.INTERNAL, f"{what}: {message}")
 
 
+def filter_path(container_id: str) -> str:
+    """Return the file in which crun keeps a container's compiled seccomp filter."""
+    return f"{STATE}/{container_id}/seccomp.bpf"
+
+
+def _profile(spec: dict[str, Any]) -> str:
+    import json
+
+    profile = spec["linux"].get("seccomp")
+    return json.dumps(profile) if profile and not profile.get("listenerPath") else ""
+
+
 class Crun:
     """Runs crun. All methods raise `AgentError` with crun's message."""
 
@@ -66,6 +83,7 @@ class Crun:
         self._reaper = reaper
         self._numbers = 0
         self._version = ""
+        self._filters: dict[str, str] = {}  # seccomp profile as JSON -> the filter that crun made of it, base64
 
     @property
     def version(self) -> str:
@@ -116,6 +134,28 @@ class Crun:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(log)  # noqa: PTH108
+
+    def know_filter(self, spec: dict[str, Any]) -> None:
+        """Tell crun the seccomp filter of a profile that it has compiled before in this VM.
+
+        Compiling one of some 300 system calls takes an emulated guest longer than the rest of `crun create`; Debian's
+        crun is built without its own cache. The annotation is crun's (crun(1), run.oci.seccomp_bpf_data).
+        """
+        if known := self._filters.get(_profile(spec)):
+            spec["annotations"] = {**spec.get("annotations", {}), _FILTER_ANNOTATION: known}
+
+    def keep_filter(self, container_id: str, spec: dict[str, Any]) -> None:
+        """Keep the filter of a container that crun has created."""
+        profile = _profile(spec)
+        if profile and profile not in self._filters and len(self._filters) < _FILTERS:
+            import binascii
+
+            with contextlib.suppress(OSError):
+                fd = os.open(filter_path(container_id), os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    self._filters[profile] = binascii.b2a_base64(os.read(fd, _FILTER_BYTES), newline=False).decode()
+                finally:
+                    os.close(fd)
 
     def start(self, what: str, container_id: str) -> None:
         """Let the container's process go on to its command, as `crun start` does: by one octet in a FIFO.

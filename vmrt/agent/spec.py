@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from vmrt.agent import layout, status
 
 TYPE_CHECKING = False
@@ -38,25 +36,26 @@ def complete(
     spec: dict[str, Any], *, root_path: str, identity: Identity, cgroups_path: str, target_pid: int
 ) -> dict[str, Any]:
     """Return the specification that crun gets; `target_pid` is the container to share a PID namespace with, or 0."""
-    done = copy.deepcopy(spec)
-    root = done.get("root")
-    done["root"] = {**(root if isinstance(root, dict) else {}), "path": root_path}
-    process = done["process"]
+    # Copied as far as it is changed: deepcopy would take an emulated guest longer than all of the rest.
+    root, process, linux = spec.get("root"), dict(spec["process"]), dict(spec["linux"])
     process["user"] = {
         **process.get("user", {}),
         "uid": identity.uid,
         "gid": identity.gid,
         "additionalGids": list(identity.groups),
     }
-    env = process.setdefault("env", [])
+    process["env"] = env = list(process.get("env", []))
     if not any(str(line).startswith("HOME=") for line in env):
         env.append(f"HOME={identity.home or '/'}")
-    done["linux"]["cgroupsPath"] = cgroups_path
-    for namespace in done["linux"].get("namespaces", []):
+    linux["cgroupsPath"] = cgroups_path
+    linux["namespaces"] = [dict(namespace) for namespace in linux.get("namespaces", [])]
+    for namespace in linux["namespaces"]:
         if namespace.get("path") == layout.TARGET_PID_NAMESPACE:
             if not target_pid:
                 raise status.AgentError(
                     status.INVALID_ARGUMENT, "the PID namespace of a target is asked for, but no target is named"
                 )
             namespace["path"] = f"/proc/{target_pid}/ns/pid"
+    done = {**spec, "process": process, "linux": linux}
+    done["root"] = {**(root if isinstance(root, dict) else {}), "path": root_path}
     return done
