@@ -136,6 +136,13 @@ class Containers:
         with self._lock:
             return [container for container in self._table.values() if container.ready]
 
+    def own(self, container: Container, *descriptors: int) -> None:
+        """Give pipes to a container's user where its ids are mapped: from inside, nobody could (`/dev/stdout`)."""
+        uid, gid = self._layers.owner
+        if (uid, gid) != (0, 0):
+            for fd in descriptors:
+                os.fchown(fd, uid + container.identity.uid, gid + container.identity.gid)
+
     # --- create -------------------------------------------------------------------------------------------------------
 
     def create(self, request: pb.CreateContainerRequest, deadline: float) -> Container:
@@ -254,6 +261,7 @@ class Containers:
                     os.set_blocking(reader, False)
                     sources[reader] = which
                     theirs.append(writer)
+                self.own(container, *theirs, *([stdin_fd] if stdin else []))
                 try:
                     container.child = self.crun.start_process(
                         what, args, container.id, stdin=stdin_fd, stdout=theirs[0], stderr=theirs[1],
