@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -174,8 +175,9 @@ func (p pod) testImageVolume(t *testing.T) {
 	}
 	config.Metadata.Name = "no-path"
 	config.Mounts[0].ImageSubPath = "no/such/path"
-	// The client leaves code UNKNOWN's name out, so that kubelet finds its word at the beginning.
-	if _, err := p.runtime.CreateContainer(ctx, p.id, config, p.config); err == nil || !strings.HasPrefix(err.Error(), "ImageVolumeMountFailed: ") {
+	_, err := p.runtime.CreateContainer(ctx, p.id, config, p.config)
+	// kubelet looks for its word at the beginning of the status's message.
+	if !strings.HasPrefix(status.Convert(err).Message(), "ImageVolumeMountFailed: ") {
 		t.Errorf("%v", err)
 	}
 }
