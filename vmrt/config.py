@@ -58,6 +58,19 @@ class HypervisorConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class VolumesConfig:
+    """Where volumes live that need not be on the share."""
+
+    # An emptyDir with medium Memory: a tmpfs in the guest, or the host's tmpfs on the share.
+    memory_empty_dir: typing.Literal["guest", "share"] = "guest"
+    # ConfigMaps, Secrets, projected and downward API volumes: a copy in the guest that follows the host's and raises
+    # inotify events there, or the share.
+    files: typing.Literal["mirror", "share"] = "mirror"
+    # The largest of those that is copied; a larger one is on the share.
+    mirror_limit_bytes: int = 64 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkConfig:
     """Where CNI's files are."""
 
@@ -144,6 +157,7 @@ class Config:
     guest_dir: str = ""
     max_container_log_line_bytes: int = 16 * 1024
     hypervisor: HypervisorConfig = field(default_factory=HypervisorConfig)
+    volumes: VolumesConfig = field(default_factory=VolumesConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     images: ImageConfig = field(default_factory=ImageConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
@@ -217,6 +231,7 @@ def check(config: Config) -> Config:
         ("hypervisor.default_memory_bytes", h.default_memory_bytes, 128 * 1024**2),
         ("hypervisor.scratch_bytes", h.scratch_bytes, 64 * 1024**2),
         ("hypervisor.boot_timeout_s", h.boot_timeout_s, 1),
+        ("volumes.mirror_limit_bytes", config.volumes.mirror_limit_bytes, 0),
         ("pool.size", config.pool.size, 0),
         ("pool.reserve_bytes", config.pool.reserve_bytes, 0),
         ("max_container_log_line_bytes", config.max_container_log_line_bytes, 64),
@@ -330,6 +345,7 @@ __all__ = [
     "NetworkConfig",
     "PoolConfig",
     "StreamingConfig",
+    "VolumesConfig",
     "check",
     "load",
 ]

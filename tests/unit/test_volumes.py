@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
 from vmrt.errors import FailedPreconditionError, InvalidArgumentError, UnsupportedError, VmrtError
 from vmrt.model import IdMapping, Mount, Propagation
-from vmrt.pods import idmap, mount_tree, oci, volumes
+from vmrt.pods import host_paths, idmap, mount_tree, oci, volumes
 
 SANDBOX, CONTAINER = "5" * 64, "c" * 64
 
@@ -23,11 +24,22 @@ def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files.mkdir(parents=True)
     guest = volumes.served(tmp_path, SANDBOX)
     guest.symlink_to(files)  # what the bind mount does: both names show the same mount points
-    monkeypatch.setattr(mount_tree, "below", lambda path: [str(path)])
+    mounted: list[Path] = []
+    monkeypatch.setattr(mount_tree, "below", lambda path: [str(p) for p in (guest, *mounted) if p == path])
     monkeypatch.setattr(mount_tree, "clone", os.dup)
     monkeypatch.setattr(mount_tree, "change", lambda fd, **wanted: None)
-    monkeypatch.setattr(mount_tree, "attach", lambda tree, target: None)
+    monkeypatch.setattr(
+        mount_tree,
+        "attach",
+        lambda tree, target: mounted.append(guest / Path(f"/proc/self/fd/{target}").readlink().name),
+    )
+    monkeypatch.setattr(mount_tree, "detach", lambda place: mounted.remove(Path(place)))
     return tmp_path
+
+
+def points(root: Path) -> list[Path]:
+    """The mount points that the share has."""
+    return sorted((volumes.directory(root, SANDBOX) / "files").iterdir())
 
 
 def refused(root: Path, mount: Mount) -> VmrtError:
@@ -42,13 +54,100 @@ def test_directories_and_files_get_mount_points_of_their_kind(share: Path, tmp_p
     (tmp_path / "link").symlink_to("file")
     mounts = (Mount("/a", str(tmp_path)), Mount("/b", str(tmp_path / "link"), readonly=True))
     bound = volumes.bind(share, SANDBOX, CONTAINER, mounts)
-    assert [(b.mount, b.guest_source) for b in bound] == [
-        (mounts[0], f"/run/vmrt/share/{CONTAINER}/0"),
-        (mounts[1], f"/run/vmrt/share/{CONTAINER}/1"),
-    ]
-    points = volumes.directory(share, SANDBOX) / "files" / CONTAINER
-    assert (points / "0").is_dir()
-    assert (points / "1").is_file()
+    assert [b.mount for b in bound] == list(mounts)
+    made = [volumes.directory(share, SANDBOX) / "files" / Path(b.guest_source).name for b in bound]
+    assert [b.guest_source for b in bound] == [f"/run/vmrt/share/{point.name}" for point in made]
+    assert made[0].is_dir()
+    assert made[1].is_file()
+
+
+def test_containers_that_want_the_same_of_a_path_share_one_bind(share: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    one = Mount("/a", str(tmp_path))
+    same = (Mount("/b", str(tmp_path / "link")), Mount("/c", f"/proc/self/fd/{os.open(tmp_path, os.O_PATH)}"))
+    others = (
+        Mount("/d", str(tmp_path), readonly=True),
+        Mount("/e", str(tmp_path), propagation=Propagation.HOST_TO_CONTAINER),
+        Mount("/f", str(tmp_path), readonly=True, recursive_read_only=True),
+    )
+    first = volumes.bind(share, SANDBOX, CONTAINER, (one,))
+    second = volumes.bind(share, SANDBOX, "d" * 64, same)
+    assert {b.guest_source for b in first} == {b.guest_source for b in second}
+    assert len(points(share)) == 1
+    third = volumes.bind(share, SANDBOX, "e" * 64, others)
+    assert len({b.guest_source for b in (*first, *third)}) == 4
+    volumes.unbind(share, SANDBOX, CONTAINER)
+    volumes.unbind(share, SANDBOX, "e" * 64)
+    assert [p.name for p in points(share)] == [Path(first[0].guest_source).name]
+    volumes.unbind(share, SANDBOX, "d" * 64)
+    assert points(share) == []
+    volumes.unbind(share, SANDBOX, "d" * 64)
+
+
+def test_an_empty_dir_is_one_volume_for_readers_and_writers(share: Path, tmp_path: Path) -> None:
+    path = tmp_path / "kubelet/pods/uid/volumes/kubernetes.io~empty-dir/run"
+    path.mkdir(parents=True)
+    bound = volumes.bind(share, SANDBOX, CONTAINER, (Mount("/w", str(path)), Mount("/r", str(path), readonly=True)))
+    assert len({b.guest_source for b in bound}) == 1
+    assert oci._volume_mount(bound[1])["options"] == ["rbind", "rprivate", "ro"]
+    assert oci._volume_mount(bound[0])["options"] == ["rbind", "rprivate", "rw"]
+
+
+def test_a_new_mount_below_a_path_is_a_new_volume(share: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = volumes.bind(share, SANDBOX, CONTAINER, (Mount("/a", str(tmp_path)),))
+    monkeypatch.setattr(mount_tree, "entries", lambda path: [mount_tree.Entry(7, "0:9", "/", f"{path}/new", "tmpfs")])
+    second = volumes.bind(share, SANDBOX, "d" * 64, (Mount("/a", str(tmp_path)),))
+    assert first[0].guest_source != second[0].guest_source
+
+
+def test_a_path_in_a_volume_never_leads_out_of_it(tmp_path: Path) -> None:
+    """A container owns what is in its volume and swaps a directory for a link while the path is being opened."""
+    volume, secret = tmp_path / "pods/u/volumes/kubernetes.io~csi/v", tmp_path / "secret"
+    (volume / "sub").mkdir(parents=True)
+    secret.mkdir()
+    (volume / "link").symlink_to(secret)
+    (volume / "good").symlink_to("sub")
+    inside = (volume / "sub").stat().st_ino
+    for path in ("link", "../../../../../secret", "sub/../../v/sub", "link/.."):
+        with pytest.raises(OSError, match="cross-device"):
+            host_paths.open_path(f"{volume}/{path}")
+    fd = host_paths.open_path(f"{volume}/good")
+    assert os.fstat(fd).st_ino == inside
+    os.close(fd)
+    stop, seen = threading.Event(), {"inside": 0, "refused": 0}
+
+    def swap() -> None:
+        while not stop.is_set():
+            (volume / "sub").rename(volume / "aside")
+            (volume / "sub").symlink_to(secret)
+            (volume / "sub").unlink()
+            (volume / "aside").rename(volume / "sub")
+
+    swapper = threading.Thread(target=swap)
+    swapper.start()
+    try:
+        while min(seen.values()) < 200:
+            try:
+                fd = host_paths.open_path(f"{volume}/sub")
+            except OSError:
+                seen["refused"] += 1
+                continue
+            assert os.fstat(fd).st_ino == inside
+            os.close(fd)
+            seen["inside"] += 1
+    finally:
+        stop.set()
+        swapper.join()
+
+
+def test_what_kubelet_s_paths_say() -> None:
+    at = "/var/lib/kubelet/pods/1-2/volumes/kubernetes.io~empty-dir/cache"
+    assert host_paths.pod_volume(at) == host_paths.PodVolume(at, "kubernetes.io~empty-dir", "")
+    assert host_paths.pod_volume(f"{at}/a/b/") == host_paths.PodVolume(at, "kubernetes.io~empty-dir", "a/b")
+    for path in ("/etc/hosts", "/pods/u/volumes/x", "/pods/u/volumes/../x", "/pods/u/volumes/x/..", "/proc/1/fd/3"):
+        assert host_paths.pod_volume(path) is None, path
+    assert host_paths.is_empty_dir(at)
+    assert not host_paths.is_empty_dir(at.replace("empty-dir", "csi"))
 
 
 def test_a_file_system_that_takes_no_mapping_of_ids(
@@ -119,7 +218,7 @@ def test_a_mount_that_fails_is_told_by_field_and_undone(
     assert f"{step}: Cannot allocate memory" in str(error)
     monkeypatch.setattr(mount_tree, "below", lambda path: [])
     volumes.unbind(share, SANDBOX, CONTAINER)
-    assert list((volumes.directory(share, SANDBOX) / "files").iterdir()) == []
+    assert points(share) == []
     assert len(os.listdir("/proc/self/fd")) == open_before  # noqa: PTH208
 
 
@@ -131,9 +230,10 @@ def test_a_sandbox_without_a_share_takes_no_mounts(tmp_path: Path) -> None:
 
 def test_removal_deletes_mount_points_and_never_what_is_in_them(tmp_path: Path) -> None:
     files = volumes.directory(tmp_path, SANDBOX) / "files"
-    (files / CONTAINER / "0").mkdir(parents=True)
-    (files / CONTAINER / "1").touch()
-    kept = files / CONTAINER / "0" / "somebody's data"
+    (files / "0").mkdir(parents=True)
+    (files / "1").touch()
+    (volumes.directory(tmp_path, SANDBOX) / "users" / CONTAINER).mkdir(parents=True)
+    kept = files / "0" / "somebody's data"
     kept.touch()
     volumes.served(tmp_path, SANDBOX).mkdir()
     assert volumes.vm_ids(tmp_path) == [SANDBOX]

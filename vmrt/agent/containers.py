@@ -17,7 +17,7 @@ import threading
 import time
 
 from vmrt.agent import agent_pb2 as pb
-from vmrt.agent import cgroups, console, crun, enter, kernel, layout, output, rootfs, spec, status, users
+from vmrt.agent import cgroups, console, crun, enter, kernel, layout, output, rootfs, spec, status, users, volumes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ class Containers:
         self._reaper = reaper
         self._layers = layers
         self._events = events
+        self.volumes = volumes.Volumes()
         self.crun = crun.Crun(reaper)
         self._lock = threading.Lock()
         self._table: dict[str, Container] = {}
@@ -184,8 +185,7 @@ class Containers:
         rootfs.mount_overlay(self._layers, serials, root, undo, deadline, container.writable)
         for storage in request.storages:
             rootfs.mount_storage(storage, f"{container.directory}/storage", self._layers, undo, deadline)
-        # crun's binds have the kernel mount the volumes below the share on the way; that goes with the container.
-        undo.callback(rootfs.unmount_below, f"{layout.SHARE}/{container.id}")
+        undo.callback(self.volumes.release, self.volumes.hold(wanted))
         self._look_into(container, request, wanted, root)
         container.spec = spec.complete(
             wanted,

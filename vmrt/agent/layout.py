@@ -19,6 +19,7 @@ STDIN_WINDOW = 96 * 1024
 RUN = "/run/vmrt"
 SANDBOX = "/run/vmrt/sandbox"  # resolv.conf, hosts, hostname, shm/ for the containers' mounts
 SHARE = "/run/vmrt/share"  # the virtiofs share of the pod's volumes
+VOLUMES = "/run/vmrt/volumes"  # the pod's volumes in the guest's memory, by name
 CONTAINERS = "/run/vmrt/containers"  # <id>/rootfs, <id>/config.json, <id>/storage/<name>
 SCRATCH = "/run/vmrt/scratch"  # the pod's scratch disk
 SCRATCH_SERIAL = "scratch"  # the serial of that disk: one that is there is mounted before any request

@@ -81,6 +81,8 @@ def mount_storage(
         mount("tmpfs", target, "tmpfs", readonly | kernel.MS_NODEV | kernel.MS_NOSUID, stack, options)
     elif kind == "share_path":
         _bind_beneath(layout.SHARE, storage.share_path, target, stack, readonly=storage.readonly)
+    elif kind == "volume_path":
+        _bind_beneath(layout.VOLUMES, storage.volume_path, target, stack, readonly=storage.readonly)
     elif kind == "disk_serial":
         from vmrt.agent import disks
 
@@ -124,19 +126,18 @@ def unmount(target: str) -> None:
         kernel.umount(target)
 
 
-def unmount_below(directory: str) -> None:
-    """Unmount all that is mounted below `directory`, and let go of the files behind it.
+def unmount_tree(directory: str) -> None:
+    """Unmount all that is mounted at and below `directory`, and let go of the files behind it.
 
     A dentry that is only cached would keep the host file system busy, by way of virtiofsd (sysctl/vm.rst, drop_caches).
     """
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123
         places = [line.split(" ", 5)[4] for line in file]
-    places = [place for place in places if place.startswith(f"{directory}/")]
     for place in reversed(places):
-        unmount(place)
-    if places:
-        with contextlib.suppress(OSError), open("/proc/sys/vm/drop_caches", "w") as file:  # noqa: PTH123
-            file.write("2")
+        if place == directory or place.startswith(f"{directory}/"):
+            unmount(place)
+    with contextlib.suppress(OSError), open("/proc/sys/vm/drop_caches", "w") as file:  # noqa: PTH123
+        file.write("2")
 
 
 def make_directory(path: str) -> None:

@@ -52,6 +52,8 @@ class Service:
             "ListContainers": (pb.ListContainersRequest, self.list_containers),
             "ContainerStats": (pb.ContainerStatsRequest, self.container_stats),
             "UpdateContainer": (pb.UpdateContainerRequest, self.update_container),
+            "MakeVolume": (pb.MakeVolumeRequest, self.make_volume),
+            "PublishFiles": (pb.PublishFilesRequest, self.publish_files),
             "ReleaseDisk": (pb.ReleaseDiskRequest, self.release_disk),
             "Shutdown": (pb.ShutdownRequest, self.shutdown),
         }
@@ -153,6 +155,17 @@ class Service:
         """Change a container's limits."""
         self.containers.update(request.container_id, request.oci_resources)
         return pb.UpdateContainerResponse()
+
+    def make_volume(self, request: pb.MakeVolumeRequest, deadline: float) -> pb.MakeVolumeResponse:
+        """Make a volume in the guest's memory."""
+        self.sandbox.require()
+        self.containers.volumes.make(request)
+        return pb.MakeVolumeResponse()
+
+    def publish_files(self, request: pb.PublishFilesRequest, deadline: float) -> pb.PublishFilesResponse:
+        """Change the files of a volume in the guest's memory."""
+        self.containers.volumes.publish(request)
+        return pb.PublishFilesResponse()
 
     def release_disk(self, request: pb.ReleaseDiskRequest, deadline: float) -> pb.ReleaseDiskResponse:
         """Give up a layer disk."""

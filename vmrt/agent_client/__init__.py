@@ -116,6 +116,14 @@ class AgentClient:
         request = pb.UpdateContainerRequest(container_id=container_id, oci_resources=oci_resources)
         await self._call("UpdateContainer", request, pb.UpdateContainerResponse, timeout_s)
 
+    async def make_volume(self, request: pb.MakeVolumeRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Make a volume in the guest's memory; one that is there stays as it is."""
+        await self._call("MakeVolume", request, pb.MakeVolumeResponse, timeout_s)
+
+    async def publish_files(self, request: pb.PublishFilesRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Send a part of a version of a volume's files."""
+        await self._call("PublishFiles", request, pb.PublishFilesResponse, timeout_s)
+
     async def release_disk(self, serial: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Have the guest give up a layer disk; `FailedPreconditionError` while containers use it."""
         await self._call("ReleaseDisk", pb.ReleaseDiskRequest(serial=serial), pb.ReleaseDiskResponse, timeout_s)

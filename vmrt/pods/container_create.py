@@ -28,7 +28,7 @@ from vmrt.model import (
     ProfileType,
     SupplementalGroupsPolicy,
 )
-from vmrt.pods import devices, image_volumes, oci, seccomp, volumes
+from vmrt.pods import container_mounts, devices, image_volumes, oci, seccomp, volumes
 from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import finish
 from vmrt.pods.layer_disks import attach_layers, serial
@@ -79,13 +79,12 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
         try:
             for image_id in {image.id, *(volume.id for volume in volume_images.values())}:
                 table.images.retain(image_id, container_id)
-            # Not to be cancelled half-way: the undo would run beside it.
-            bound = await uncancelled(
-                asyncio.to_thread(volumes.bind, table.config.root, sandbox.record.vm_id, container_id, spec.mounts)
+            prepared = await container_mounts.prepare(table, sandbox, container_id, spec.mounts)
+            prepared = container_mounts.Prepared(
+                prepared.bound + image_volumes.bound(volume_images, spec.mounts, container_id),
+                (*prepared.storages, *image_volumes.storages(volume_images, spec.mounts)),
             )
-            bound += image_volumes.bound(volume_images, spec.mounts, container_id)
-            request = _request(table, sandbox, live.record, image, bound)
-            request.storages.extend(image_volumes.storages(volume_images, spec.mounts))
+            request = _request(table, sandbox, live.record, image, prepared)
             agent = sandbox.need_agent()
             layers = [layer for each in (image, *volume_images.values()) for layer in each.layers]
             await attach_layers(table, sandbox, layers)
@@ -152,7 +151,7 @@ def _log_path(directory: str, path: str) -> str:
 
 
 def _request(
-    table: PodTable, sandbox: LiveSandbox, record: ContainerRecord, image: Image, bound: tuple[oci.BoundMount, ...]
+    table: PodTable, sandbox: LiveSandbox, record: ContainerRecord, image: Image, prepared: container_mounts.Prepared
 ) -> pb.CreateContainerRequest:
     spec = record.spec
     security = spec.security
@@ -165,7 +164,7 @@ def _request(
         spec,
         image.config,
         hostname=hostname_of(sandbox.record.spec),
-        mounts=bound,
+        mounts=prepared.bound,
         seccomp=profile,
     )
     user = pb.User(
@@ -183,6 +182,7 @@ def _request(
         container_id=record.id,
         layer_serials=record.layer_serials,
         oci_spec=json.dumps(config).encode(),
+        storages=prepared.storages,
         user=user,
         stdin=spec.stdin,
         stdin_once=spec.stdin_once,

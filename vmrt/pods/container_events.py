@@ -108,6 +108,7 @@ async def vm_ended(table: PodTable, live: LiveSandbox, event: VmEvent) -> None:
 
 def mark_not_ready(table: PodTable, live: LiveSandbox, reason: str, *, oom: bool = False) -> None:
     """Publish a sandbox's end before any slow teardown: the sandbox first, then its containers as killed (137)."""
+    table.mirrors.forget(live.id)
     if live.record.state is SandboxState.READY:
         table.save_sandbox(live, live.record.moved(SandboxState.NOT_READY, reason=reason))
     for container in table.containers_of(live.id):

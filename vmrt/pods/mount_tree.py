@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
@@ -72,20 +73,52 @@ def detach(path: str) -> None:
     _check(_libc().umount2(os.fsencode(path), _MNT_DETACH | _UMOUNT_NOFOLLOW), path)
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A mount in this namespace: its id, its file system's device, what of that it shows, where, and of which type."""
+
+    id: int
+    device: str
+    root: str
+    place: str
+    fstype: str
+
+
+def parse(line: str) -> Entry:
+    """Return the mount that a line of /proc/PID/mountinfo tells of (proc_pid_mountinfo(5))."""
+    before, _, after = line.partition(" - ")
+    fields = before.split(" ")
+    return Entry(int(fields[0]), fields[2], _unescape(fields[3]), _unescape(fields[4]), after.split(" ", 1)[0])
+
+
+def mounts() -> list[Entry]:
+    """Return the mounts of this namespace, oldest first."""
+    with Path("/proc/self/mountinfo").open(encoding="utf-8", errors="surrogateescape") as lines:
+        return [parse(line) for line in lines]
+
+
+def entry_of(fd: int) -> Entry | None:
+    """Return the mount through which a file was opened; None when it is not one of this namespace."""
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+        if line.startswith("mnt_id:"):
+            number = int(line.partition(":")[2])
+            return next((entry for entry in mounts() if entry.id == number), None)
+    return None
+
+
+def entries(path: Path) -> list[Entry]:
+    """Return what is mounted at and below `path` in this namespace, oldest first; stacked ones appear repeatedly."""
+    prefix = str(path).rstrip("/") + "/"
+    return [entry for entry in mounts() if entry.place == str(path) or entry.place.startswith(prefix)]
+
+
 def below(path: Path) -> list[str]:
     """Return the mount points at and below `path` in this namespace, oldest first; stacked ones appear repeatedly."""
-    prefix = str(path)
-    found = []
-    with Path("/proc/self/mountinfo").open(encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            # proc_pid_mountinfo(5): the fifth field, with space, tab, newline and backslash in octal.
-            place = _unescape(line.split(" ", 5)[4])
-            if place == prefix or place.startswith(prefix + "/"):
-                found.append(place)
-    return found
+    return [entry.place for entry in entries(path)]
 
 
 def _unescape(field: str) -> str:
+    # Space, tab, newline and backslash are in octal.
     if "\\" not in field:
         return field
     for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.errors import VmGoneError, VmrtError
-from vmrt.pods import container_create, pod_vm, scratch, volumes
+from vmrt.pods import container_create, container_mounts, pod_vm, scratch, volumes
 from vmrt.pods.container_events import exited, finish, watch
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
 from vmrt.pods.release import release, remove_state
@@ -178,7 +178,9 @@ async def _take_container(
             container_create.start_pump(table, live, container)
         except VmrtError as e:
             log.error("container %s: its log cannot be written: %s", container.id[:13], e)
-    if info.state == pb.ContainerInfo.EXITED:
+    if info.state != pb.ContainerInfo.EXITED:
+        await container_mounts.follow_again(table, live, container.record.spec.mounts)
+    else:
         table.background(exited(table, container, info.exit), f"exit {container.id[:13]}")
 
 

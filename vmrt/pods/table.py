@@ -22,6 +22,7 @@ from vmrt.model import GuestImage
 from vmrt.pods import lifecycle
 from vmrt.pods.drivers import Hypervisor, ImageStore, Network
 from vmrt.pods.log_pump import LogPump
+from vmrt.pods.mirrors import Mirrors
 from vmrt.pods.pool import Pool
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
 from vmrt.store import Store
@@ -110,6 +111,7 @@ class PodTable:
         self.lifecycle = lifecycle.Lifecycle()
         self._sandbox_names: dict[str, str] = {}
         self.pool = Pool(self)
+        self.mirrors = Mirrors(config.volumes.mirror_limit_bytes)
         self._background: set[asyncio.Task[Any]] = set()
 
     # --- names and ids ---
@@ -206,6 +208,7 @@ class PodTable:
 
     def forget_sandbox(self, live: LiveSandbox) -> None:
         """Drop a sandbox whose resources are gone."""
+        self.mirrors.forget(live.id)
         self.store.delete("sandbox", live.id)
         self.sandboxes.pop(live.id, None)
         self.generation += 1
@@ -275,6 +278,7 @@ class PodTable:
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        await self.mirrors.close()
         stops = [c.pump.stop() for c in self.containers.values() if c.pump is not None]
         closes = [s.agent.close() for s in self.sandboxes.values() if s.agent is not None]
         for outcome in [

@@ -1,13 +1,17 @@
 """A pod's volumes: host paths bound into the directory that the pod's virtiofsd serves.
 
-    <root>/share/<vm id>/files/<container id>/<n>   an empty directory or file: where volume n is mounted
+    <root>/share/<vm id>/files/<volume>             an empty directory or file: where a volume is mounted
     <root>/share/<vm id>/guest/                     a bind mount of files/, read-only, shared; virtiofsd's root
-    <root>/share/<vm id>/guest/<container id>/<n>   the volume
+    <root>/share/<vm id>/guest/<volume>             the volume
+    <root>/share/<vm id>/users/<container>/<volume> says that a container uses a volume
 
 virtiofsd's mount namespace is a slave of ours, so a volume bound below guest/ appears in the guest. The guest's root
 may do to virtiofsd's root what it likes: that mount is read-only, so it cannot put a symbolic link where the next
 volume is to be mounted. Mount points are made and removed by way of files/, where no volume is ever visible: clean-up
 cannot reach a volume's content.
+
+A volume is bound once for all containers of a pod that mount it the same way, so that they see one file system and one
+inode: Unix sockets and FIFOs in it connect them. Its name says what it is (`_identity`), so the second one finds it.
 
 All paths follow from ids, so that recovery can undo what a killed daemon left.
 """
@@ -16,16 +20,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
+import shutil
 import stat
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from vmrt.agent import layout
 from vmrt.errors import ExhaustedError, FailedPreconditionError, InvalidArgumentError, UnsupportedError, VmrtError
 from vmrt.model import Mount, Propagation
-from vmrt.pods import idmap, mount_tree
+from vmrt.pods import host_paths, idmap, mount_tree
 from vmrt.pods.oci import BoundMount
 
 log = logging.getLogger(__name__)
@@ -35,6 +42,7 @@ MAX_MOUNTS = 256
 # Host mounts below one volume: an rbind of a node's root brings all of the node's.
 MAX_SUBMOUNTS = 4096
 _PHASE = "volumes"
+_locks: dict[str, threading.Lock] = {}
 _KINDS = {
     stat.S_IFSOCK: "a socket: a Unix socket of the host's kernel cannot be reached from the guest's",
     stat.S_IFIFO: "a FIFO: its other end would be in another kernel",
@@ -85,15 +93,19 @@ def make(root: Path, vm_id: str) -> Path:
     return guest
 
 
-def bind(root: Path, vm_id: str, container_id: str, mounts: Sequence[Mount]) -> tuple[BoundMount, ...]:
+def bind(
+    root: Path, vm_id: str, container_id: str, mounts: Sequence[Mount], *, elsewhere: Collection[int] = ()
+) -> tuple[BoundMount, ...]:
     """Bind a container's volumes into its sandbox's share; the guest paths come back with them.
+
+    `elsewhere` are the indices of mounts that are not the share's; nor are images, which image_volumes.py has.
 
     Each host path is looked up once, symbolic links followed, by opening it; everything after acts on the descriptor.
     A path that does not exist is an error (`Mount.host_path` in CRI). The caller undoes with `unbind`, also after a
     failure. Raises `InvalidArgumentError`, `UnsupportedError` naming the field.
     """
-    if all(mount.image for mount in mounts):
-        return ()  # image_volumes.py has those
+    if all(mount.image or index in elsewhere for index, mount in enumerate(mounts)):
+        return ()
     if len(mounts) > MAX_MOUNTS:
         raise InvalidArgumentError(f"config.mounts has {len(mounts)} entries; vmrt takes {MAX_MOUNTS}", phase=_PHASE)
     guest = served(root, vm_id)
@@ -104,17 +116,26 @@ def bind(root: Path, vm_id: str, container_id: str, mounts: Sequence[Mount]) -> 
             resource=f"VM {vm_id}",
             hint="it was started with hypervisor.share = false or by an earlier version",
         )
-    (directory(root, vm_id) / "files" / container_id).mkdir(mode=0o755)
+    _users(root, vm_id, container_id).mkdir(mode=0o700, parents=True)
     with idmap.UserNamespaces() as namespaces:
         return tuple(
-            _bind_one(root, vm_id, f"{container_id}/{index}", mount, f"config.mounts[{index}]", namespaces)
+            _bind_one(root, vm_id, container_id, mount, f"config.mounts[{index}]", namespaces)
             for index, mount in enumerate(mounts)
-            if not mount.image
+            if not mount.image and index not in elsewhere
         )
 
 
+def _users(root: Path, vm_id: str, container_id: str) -> Path:
+    return directory(root, vm_id) / "users" / container_id
+
+
+def _lock(vm_id: str) -> threading.Lock:
+    """Return what keeps the volumes of one VM from being bound and unbound at the same time."""
+    return _locks.setdefault(vm_id, threading.Lock())
+
+
 def _bind_one(
-    root: Path, vm_id: str, name: str, mount: Mount, field: str, namespaces: idmap.UserNamespaces
+    root: Path, vm_id: str, container_id: str, mount: Mount, field: str, namespaces: idmap.UserNamespaces
 ) -> BoundMount:
     what = f"{field}: host path {mount.host_path!r}"
     if mount.propagation is Propagation.BIDIRECTIONAL:
@@ -122,33 +143,70 @@ def _bind_one(
             f"{field}.propagation: a mount made in the guest's kernel cannot appear on the host", phase=_PHASE
         )
     try:
-        source = os.open(mount.host_path, os.O_PATH | os.O_CLOEXEC)
+        source = host_paths.open_path(mount.host_path)
     except OSError as e:
         raise InvalidArgumentError(f"{what}: {e.strerror}", phase=_PHASE) from e
+    # An emptyDir is its pod's own. Who of the pod may write to it is the guest's affair: held by the host, a
+    # container that reads and one that writes would have a file system each.
+    kept = mount.readonly and not host_paths.is_empty_dir(mount.host_path)
     try:
         mode = os.fstat(source).st_mode
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
             raise UnsupportedError(f"{what} is {_KINDS.get(stat.S_IFMT(mode), 'a special file')}", phase=_PHASE)
-        point = directory(root, vm_id) / "files" / name
-        if stat.S_ISDIR(mode):
-            point.mkdir(mode=0o755)
-        else:
-            point.touch(mode=0o644, exist_ok=False)
+        name = _identity(source, mount, readonly=kept)
         place = served(root, vm_id) / name
-        _attach(source, place, mount, namespaces.get(mount.uids, mount.gids) if mount.uids else -1, what)
+        userns_fd = namespaces.get(mount.uids, mount.gids) if mount.uids else -1
+        with _lock(vm_id):
+            (_users(root, vm_id, container_id) / name).touch(mode=0o600)
+            if not mount_tree.below(place):
+                point = directory(root, vm_id) / "files" / name
+                if stat.S_ISDIR(mode):
+                    point.mkdir(mode=0o755, exist_ok=True)
+                else:
+                    point.touch(mode=0o644)
+                _attach(source, place, mount, userns_fd, what, readonly=kept)
+            submounts = len(mount_tree.below(place)) - 1
     except OSError as e:
         raise VmrtError(f"{what}: {e.filename or 'bind'}: {e.strerror}", phase=_PHASE) from e
     finally:
         os.close(source)
-    submounts = len(mount_tree.below(place)) - 1
     if submounts > MAX_SUBMOUNTS:
         raise InvalidArgumentError(f"{what} has {submounts} mounts below it; {MAX_SUBMOUNTS} are allowed", phase=_PHASE)
     # The guest mounts a submount when it is first walked to, with its parent's read-only flag. A read-only volume whose
     # submounts stay writable (not recursive_read_only) is therefore held read-only by the host alone.
-    return BoundMount(mount, f"{layout.SHARE}/{name}", guest_readonly=mount.recursive_read_only or not submounts)
+    guest_readonly = mount.recursive_read_only or not submounts or not kept
+    return BoundMount(mount, f"{layout.SHARE}/{name}", guest_readonly=guest_readonly)
 
 
-def _attach(source: int, place: Path, mount: Mount, userns_fd: int, what: str) -> None:
+def _identity(source: int, mount: Mount, *, readonly: bool) -> str:
+    """Return a name that two mounts share exactly when one bind can serve both.
+
+    They must name one file of one file system, seen through the same mount flags, with the same mounts below it, and
+    want the same of the bind. While it is bound, its device and inode numbers are not given to anything else.
+    """
+    info = os.fstat(source)
+    path = Path(f"/proc/self/fd/{source}").readlink()
+    below = []
+    if stat.S_ISDIR(info.st_mode):
+        below = [(entry.id, entry.place) for entry in mount_tree.entries(path) if entry.place != str(path)]
+    follows = mount.propagation is Propagation.HOST_TO_CONTAINER
+    what = (
+        info.st_dev,
+        info.st_ino,
+        os.statvfs(source).f_flag,
+        readonly,
+        mount.recursive_read_only,
+        follows,
+        mount.uids,
+        mount.gids,
+        # Only where they matter: a sub-path has a path of its own for each container that mounts it.
+        str(path) if follows or below else "",
+        below,
+    )
+    return hashlib.sha256(repr(what).encode(errors="surrogateescape")).hexdigest()[:24]
+
+
+def _attach(source: int, place: Path, mount: Mount, userns_fd: int, what: str, *, readonly: bool) -> None:
     tree = mount_tree.clone(source)
     try:
         if userns_fd >= 0:
@@ -159,7 +217,7 @@ def _attach(source: int, place: Path, mount: Mount, userns_fd: int, what: str) -
             attributes=mount_tree.NODEV | mount_tree.NOSUID,
             propagation=mount_tree.SLAVE if follows else mount_tree.PRIVATE,
         )
-        if mount.readonly:
+        if readonly:
             mount_tree.change(tree, attributes=mount_tree.RDONLY, recursive=mount.recursive_read_only)
         with _opened(place) as target:
             mount_tree.attach(tree, target)
@@ -191,26 +249,41 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def unbind(root: Path, vm_id: str, container_id: str) -> None:
-    """Unmount a container's volumes and remove their mount points; what is not there is no error."""
-    _unmount(served(root, vm_id) / container_id)
-    _remove_points(directory(root, vm_id) / "files" / container_id)
+    """Let go of a container's volumes and unmount those that no other one uses; what is not there is no error."""
+    users = _users(root, vm_id, container_id)
+    with _lock(vm_id), contextlib.suppress(FileNotFoundError):
+        others = {
+            volume.name
+            for container in users.parent.iterdir()
+            if container.name != container_id
+            for volume in container.iterdir()
+        }
+        for volume in list(users.iterdir()):
+            if volume.name not in others:
+                _unmount(served(root, vm_id) / volume.name)
+                _remove_point(directory(root, vm_id) / "files" / volume.name)
+            # Last: as long as it is there, an interrupted undo is found again.
+            volume.unlink()
+        users.rmdir()
 
 
 def remove(root: Path, vm_id: str) -> None:
     """Remove a sandbox's share, its virtiofsd being gone; what is not there is no error. Raises `VmrtError`."""
     share = directory(root, vm_id)
-    _unmount(share)
-    if not share.exists():
-        return
-    with contextlib.suppress(FileNotFoundError):
-        for container in list((share / "files").iterdir()):
-            _remove_points(container)
-    try:
-        for path in (share / "guest", share / "files", share):
+    with _lock(vm_id):
+        _unmount(share)
+        with contextlib.suppress(FileNotFoundError):
+            for point in list((share / "files").iterdir()):
+                _remove_point(point)
+        try:
             with contextlib.suppress(FileNotFoundError):
-                path.rmdir()
-    except OSError as e:
-        raise VmrtError(f"cannot remove the share: {e.strerror}", phase=_PHASE, resource=str(share)) from e
+                shutil.rmtree(share / "users")
+            for path in (share / "guest", share / "files", share):
+                with contextlib.suppress(FileNotFoundError):
+                    path.rmdir()
+        except OSError as e:
+            raise VmrtError(f"cannot remove the share: {e.strerror}", phase=_PHASE, resource=str(share)) from e
+    _locks.pop(vm_id, None)
 
 
 def _unmount(path: Path) -> None:
@@ -229,17 +302,12 @@ def _unmount(path: Path) -> None:
         raise VmrtError(f"{len(left)} mounts could not be unmounted", phase=_PHASE, resource=left[0])
 
 
-def _remove_points(points: Path) -> None:
-    """Remove a container's mount points: never more than empty directories and empty files of our own making."""
+def _remove_point(point: Path) -> None:
+    """Remove a mount point: never more than an empty directory or an empty file of our own making."""
     try:
-        entries = list(points.iterdir())
-        for entry in entries:
-            if entry.is_dir() and not entry.is_symlink():
-                entry.rmdir()
-            else:
-                entry.unlink()
-        points.rmdir()
-    except FileNotFoundError:
-        return
+        if point.is_dir() and not point.is_symlink():
+            point.rmdir()
+        else:
+            point.unlink(missing_ok=True)
     except OSError as e:
-        raise VmrtError(f"cannot remove a mount point: {e.strerror}", phase=_PHASE, resource=str(points)) from e
+        raise VmrtError(f"cannot remove a mount point: {e.strerror}", phase=_PHASE, resource=str(point)) from e
