@@ -9,13 +9,14 @@ import time
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent import frames, status
+from vmrt.agent.layout import STDIN_ACK
 
-_READ = 65536
+_READ = 256 * 1024
+_WRITE = 64 * 1024
 # Sources are not read while more than this waits for the socket: the kernel's flow control is the back-pressure.
 _HIGH_WATER = 128 * 1024
 HELLO_TIMEOUT_S = 10.0
 LINGER_S = 5.0
-_ACK_AFTER = 32 * 1024
 HANGUP = select.POLLRDHUP | select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
@@ -72,10 +73,26 @@ class Channel:
         self._out += frame
         self.push()
 
-    def consumed(self, octets: int, *, all_gone: bool) -> None:
-        """Tell the host that octets of stdin are gone, in few frames: at once when nothing waits. Raises `Closed`."""
+    def send_data(self, type_: int, data: bytes) -> None:
+        """Queue octets, at most MAX_FRAME_BYTES, as one frame, uncopied where the socket takes all. Raises `Closed`."""
+        head = frames.header(type_, len(data))
+        sent = 0
+        if not self._out:
+            try:
+                sent = self._connection.sendmsg([head, data])
+            except BlockingIOError:
+                pass
+            except OSError as e:
+                raise Closed(str(e)) from e
+            if sent == len(head) + len(data):
+                return
+        self._out += head[sent:]
+        self._out += memoryview(data)[max(0, sent - len(head)) :]
+
+    def consumed(self, octets: int) -> None:
+        """Tell the host that octets of stdin are gone, in few frames (layout.STDIN_ACK). Raises `Closed`."""
         self._consumed += octets
-        if self._acks and self._consumed and (all_gone or self._consumed >= _ACK_AFTER):
+        if self._acks and self._consumed >= STDIN_ACK:
             self.send(frames.stdin_ack(self._consumed))
             self._consumed = 0
 
@@ -83,7 +100,7 @@ class Channel:
         """Send what the socket takes. Raises `Closed`."""
         while self._out:
             try:
-                sent = self._connection.send(memoryview(self._out)[:_READ])
+                sent = self._connection.send(memoryview(self._out)[:_WRITE])
             except BlockingIOError:
                 return
             except OSError as e:
@@ -157,6 +174,33 @@ class Channel:
                     return
             except BlockingIOError:
                 continue
+
+
+class Watch:
+    """A poll(2) set that lasts: what stays the same from turn to turn costs nothing."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._events: dict[int, int] = {}
+
+    def want(self, fd: int, events: int) -> None:
+        """Wait for these events of `fd` from now on, for none with 0; a negative `fd` is nothing to wait for."""
+        if fd < 0 or self._events.get(fd, 0) == events:
+            return
+        if events:
+            self._events[fd] = events
+            self._poll.register(fd, events)
+        else:
+            self.forget(fd)
+
+    def forget(self, fd: int) -> None:
+        """Wait for nothing of `fd`; to be called before it is closed."""
+        if self._events.pop(fd, 0):
+            self._poll.unregister(fd)
+
+    def wait(self, timeout_s: float | None = None) -> dict[int, int]:
+        """Return descriptor -> events, empty after `timeout_s`."""
+        return dict(self._poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000))
 
 
 class Pollset:

@@ -14,11 +14,13 @@ import select
 import struct
 import threading
 import time
+from collections import deque
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent import cgroups, enter, frames, status
-from vmrt.agent.channel import HANGUP, Closed, Pollset
+from vmrt.agent.channel import HANGUP, Closed, Watch
 from vmrt.agent.containers import RUNNING
+from vmrt.agent.layout import MAX_FRAME_BYTES
 from vmrt.agent.process import DEVNULL
 
 TYPE_CHECKING = False
@@ -28,8 +30,13 @@ if TYPE_CHECKING:
     from vmrt.agent.process import Child, Exit, Reaper
 
 SILENCE_S = 0.2
-_READ = 32768
-_STDIN_BOUND = 128 * 1024
+# A frame's payload, and a pipe that takes a few of them: the fewer turns, the less an emulated CPU spends on them.
+_READ = MAX_FRAME_BYTES
+_PIPE_BYTES = 256 * 1024
+_F_SETPIPE_SZ = 1031
+# Above layout.STDIN_WINDOW: a connection that is not read any more may hold back its other direction.
+_STDIN_BOUND = 512 * 1024
+_BURST_S = 0.005
 
 _number_lock = threading.Lock()
 _number = 0
@@ -51,6 +58,16 @@ def set_window(fd: int, width: int, height: int) -> None:
         fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", min(height, 65535), min(width, 65535), 0, 0))
 
 
+def _pipe() -> tuple[int, int]:
+    """Return a pipe's two ends, larger than usual where the kernel lets it be (F_SETPIPE_SZ, Linux's number)."""
+    import fcntl
+
+    reader, writer = os.pipe()
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(reader, _F_SETPIPE_SZ, _PIPE_BYTES)
+    return reader, writer
+
+
 class ExecSession:
     """One exec, from its hello to its EXIT frame."""
 
@@ -59,10 +76,13 @@ class ExecSession:
         self._reaper = reaper
         self._request = request
         self._container: Container = containers.get(request.container_id)
+        self._own = containers.own
         self._cgroup = cgroups.Cgroup(self._container.id, f"exec-{_next_number()}")
         self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stdin = -1
-        self._stdin_data = bytearray()
+        self._stdin_data: deque[memoryview] = deque()  # none of them empty
+        self._stdin_held = 0  # octets in it
+        self._watch = Watch()
         self._stdin_closing = False
         self._sources: dict[int, int] = {}  # descriptor -> STDOUT or STDERR
         self._child: Child | None = None
@@ -100,10 +120,12 @@ class ExecSession:
             stdin = stdout = stderr = DEVNULL
             if not request.tty:
                 if request.stdin:
-                    stdin, self._stdin = os.pipe()
+                    stdin, self._stdin = _pipe()
                     ours.callback(os.close, stdin)
                     os.set_blocking(self._stdin, False)
+                    self._own(container, stdin)
                 stdout, stderr = (self._output_pipe(kind, ours) for kind in (pb.STDOUT, pb.STDERR))
+                self._own(container, stdout, stderr)
             started = enter.start(
                 self._reaper, container.child, wanted, f"exec in container {container.id}",
                 stdin=stdin, stdout=stdout, stderr=stderr, on_exit=self._on_exit,
@@ -118,7 +140,7 @@ class ExecSession:
 
     def _output_pipe(self, kind: int, ours: contextlib.ExitStack) -> int:
         """Return the writing end of a new pipe whose other end is read as `kind`."""
-        reader, writer = os.pipe()
+        reader, writer = _pipe()
         ours.callback(os.close, writer)
         os.set_blocking(reader, False)
         self._sources[reader] = kind
@@ -128,29 +150,33 @@ class ExecSession:
         os.eventfd_write(self._ended, 1)
 
     def _pump(self) -> None:
-        channel = self._channel
+        channel, watch = self._channel, self._watch
         silent_since = 0.0
+        last_output = 0.0
         while True:
             ended = self._child is not None and self._child.exit is not None
             if ended and not channel.congested:
                 silent_since = silent_since or time.monotonic()
             if ended and (not self._sources or (silent_since and time.monotonic() - silent_since >= SILENCE_S)):
                 break
-            polls = Pollset()
-            polls.add(channel.fileno(), channel.interest(read=len(self._stdin_data) < _STDIN_BOUND))
-            if not ended:
-                polls.add(self._ended, select.POLLIN)
-            if self._stdin_data:
-                polls.add(self._stdin, select.POLLOUT)
-            if not channel.congested:
-                for fd in self._sources:
-                    polls.add(fd, select.POLLIN)
-            ready = polls.wait(SILENCE_S if ended else None)
+            watch.want(channel.fileno(), channel.interest(read=self._stdin_held < _STDIN_BOUND))
+            watch.want(self._ended, 0 if ended else select.POLLIN)
+            watch.want(self._stdin, select.POLLOUT if self._stdin_data else 0)
+            for fd in self._sources:
+                watch.want(fd, 0 if channel.congested else select.POLLIN)
+            ready = watch.wait(SILENCE_S if ended else None)
             self._serve_channel(ready.get(channel.fileno(), 0))
             if self._stdin in ready:
                 self._write_stdin()
-            for fd in [fd for fd in self._sources if fd in ready]:
-                self._read_source(fd)
+            readable = [fd for fd in self._sources if fd in ready]
+            if readable:
+                # Output that goes on is let grow for a moment, on a guest's one processor: a program that writes a page
+                # at a time would else be interrupted, and a frame sent, for each of them.
+                if time.monotonic() - last_output < _BURST_S:
+                    os.sched_yield()
+                for fd in readable:
+                    self._read_source(fd)
+                last_output = time.monotonic()
                 silent_since = 0.0
         assert self._child is not None and self._child.exit is not None
         for kind in set(self._sources.values()):
@@ -171,11 +197,12 @@ class ExecSession:
     def _handle(self, frame: frames.Frame) -> None:
         try:
             if frame.type == pb.STDIN:
-                if self._stdin >= 0 and not self._stdin_closing:
-                    self._stdin_data += frame.payload
+                if frame.payload and self._stdin >= 0 and not self._stdin_closing:
+                    self._stdin_data.append(memoryview(frame.payload))
+                    self._stdin_held += len(frame.payload)
                     self._write_stdin()
                 else:
-                    self._channel.consumed(len(frame.payload), all_gone=True)
+                    self._channel.consumed(len(frame.payload))
             elif frame.type == pb.CLOSE and frames.closed_stream(frame) == pb.STDIN:
                 self._stdin_closing = True
                 self._write_stdin()
@@ -193,18 +220,25 @@ class ExecSession:
             raise Closed(str(e)) from e
 
     def _write_stdin(self) -> None:
-        while self._stdin_data and self._stdin >= 0:
+        waiting = self._stdin_data
+        while waiting and self._stdin >= 0:
             try:
-                written = os.write(self._stdin, memoryview(self._stdin_data)[:_READ])
+                written = os.write(self._stdin, waiting[0])
             except BlockingIOError:
                 return
             except OSError:
                 # The process has closed its stdin: the rest goes nowhere, as in a shell's pipe.
-                written = len(self._stdin_data)
+                written = self._stdin_held
+                waiting.clear()
                 self._stdin_closing = True
-            del self._stdin_data[:written]
-            self._channel.consumed(written, all_gone=not self._stdin_data)
+            else:
+                rest = waiting.popleft()[written:]
+                if rest:
+                    waiting.appendleft(rest)
+            self._stdin_held -= written
+            self._channel.consumed(written)
         if self._stdin_closing and not self._stdin_data and self._stdin >= 0 and not self._request.tty:
+            self._watch.forget(self._stdin)
             os.close(self._stdin)
             self._stdin = -1
 
@@ -217,8 +251,9 @@ class ExecSession:
         except OSError:
             data = b""  # EIO: the terminal's last slave is closed
         if data:
-            self._channel.send(frames.encode(kind, data))
+            self._channel.send_data(kind, data)
             return
+        self._watch.forget(fd)
         os.close(fd)
         del self._sources[fd]
         self._channel.send(frames.close_frame(kind))

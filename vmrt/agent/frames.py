@@ -57,6 +57,11 @@ def encode(type_: int, payload: bytes = b"") -> bytes:
     return HEADER.pack(type_, len(payload)) + payload
 
 
+def header(type_: int, length: int) -> bytes:
+    """Return what stands before a payload of so many octets, at most MAX_FRAME_BYTES."""
+    return HEADER.pack(type_, length)
+
+
 def encode_data(type_: int, data: bytes) -> bytes:
     """Return raw octets of any length as frames of one type; nothing for no octets."""
     view = memoryview(data)
@@ -77,21 +82,30 @@ class Decoder:
         """Add octets; return the frames that are complete now, at most `limit` (0: all). Raises `FrameError`."""
         if self._broken:
             raise FrameError("octets after a broken frame")
-        self._buffer += data
+        # Whole frames are cut out of `data` itself: an emulated guest feels every copy.
+        kept = self._buffer
+        if kept:
+            kept += data
+        view = memoryview(kept or data)
         frames: list[Frame] = []
-        start = 0
-        while len(self._buffer) - start >= HEADER.size and not (limit and len(frames) == limit):
-            type_, length = HEADER.unpack_from(self._buffer, start)
-            if type_ not in self._accepted or length > MAX_FRAME_BYTES:
-                self._broken = True
-                self._buffer.clear()
-                raise FrameError(f"frame of type {type_} with {length} octets is not acceptable here")
-            end = start + HEADER.size + length
-            if len(self._buffer) < end:
-                break
-            frames.append(Frame(type_, bytes(memoryview(self._buffer)[start + HEADER.size : end])))
-            start = end
-        del self._buffer[:start]
+        start, have = 0, len(view)
+        try:
+            while have - start >= HEADER.size and not (limit and len(frames) == limit):
+                type_, length = HEADER.unpack_from(view, start)
+                if type_ not in self._accepted or length > MAX_FRAME_BYTES:
+                    self._broken = True
+                    raise FrameError(f"frame of type {type_} with {length} octets is not acceptable here")
+                end = start + HEADER.size + length
+                if have < end:
+                    break
+                frames.append(Frame(type_, bytes(view[start + HEADER.size : end])))
+                start = end
+        finally:
+            view.release()
+            if kept:
+                del kept[: have if self._broken else start]
+            elif not self._broken:
+                kept += data[start:]
         return frames
 
     @property

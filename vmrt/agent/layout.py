@@ -11,9 +11,13 @@ READY_PORT = 1026  # on the host
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_FRAME_BYTES = 65536
-# Octets of a stream's stdin that may be on their way (agent.proto, StreamHello.stdin_acks). Below what the agent holds
-# before it stops reading the connection.
-STDIN_WINDOW = 96 * 1024
+# Octets of a stream's stdin that may be on their way (agent.proto, StreamHello.stdin_acks), and how many of them the
+# agent acknowledges at once. Together with one piece of STDIN_PIECE they must fit: else an agent that has consumed all
+# would wait for more, and the host for an acknowledgement. A window is below what the agent holds before it stops
+# reading the connection.
+STDIN_WINDOW = 256 * 1024
+STDIN_ACK = 64 * 1024
+STDIN_PIECE = 64 * 1024
 
 # In the guest.
 RUN = "/run/vmrt"

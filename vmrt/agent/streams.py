@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from vmrt.agent.process import Reaper
 
 _CHUNK = 32768
+_DIAL_READ = 65536
 _DIAL_TIMEOUT_S = 10.0
-_DIAL_BUFFER = 128 * 1024
-_STDIN_BOUND = 128 * 1024
+# Above layout.STDIN_WINDOW: a connection that is not read any more may hold back its other direction.
+_DIAL_BUFFER = 512 * 1024
+_STDIN_BOUND = 512 * 1024
 
 
 class Streams:
@@ -210,7 +212,7 @@ class AttachSession:
                     self._stdin_data += frame.payload
                     self._write_stdin()
                 else:
-                    self._channel.consumed(len(frame.payload), all_gone=True)
+                    self._channel.consumed(len(frame.payload))
             elif frame.type == pb.CLOSE and frames.closed_stream(frame) == pb.STDIN:
                 self._stdin_ended = True
                 if self._stdin and container.stdin_once and not self._stdin_data:
@@ -237,7 +239,7 @@ class AttachSession:
             except OSError:
                 written = len(self._stdin_data)  # nobody reads it any more
             del self._stdin_data[:written]
-            self._channel.consumed(written, all_gone=not self._stdin_data)
+            self._channel.consumed(written)
         if self._stdin_ended and self._container.stdin_once:
             self._container.close_stdin()
 
@@ -311,7 +313,7 @@ class DialSession:
             while self._data:
                 written = self._target.send(self._data)
                 del self._data[:written]
-                self._channel.consumed(written, all_gone=not self._data)
+                self._channel.consumed(written)
         if self._host_ended and not self._data and not self._told_target:
             self._told_target = True
             with contextlib.suppress(OSError):  # it may have gone meanwhile
@@ -319,11 +321,11 @@ class DialSession:
 
     def _read_target(self) -> None:
         try:
-            data = self._target.recv(_CHUNK)
+            data = self._target.recv(_DIAL_READ)
         except BlockingIOError:
             return
         if data:
-            self._channel.send(frames.encode(pb.STDOUT, data))
+            self._channel.send_data(pb.STDOUT, data)
             return
         self._target_ended = True
         self._channel.send(frames.close_frame(pb.STDOUT))

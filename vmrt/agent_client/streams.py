@@ -19,8 +19,7 @@ M = TypeVar("M", bound=Message)
 
 # Opening a stream runs crun in a guest that may be busy.
 OPEN_TIMEOUT_S = 60.0
-_READ = 65536
-_STDIN_PIECE = 32 * 1024
+_READ = 256 * 1024
 # At most 64 KiB each.
 _STASH_FRAMES = 8
 
@@ -76,8 +75,8 @@ class Stream:
 
     async def send_stdin(self, data: bytes) -> None:
         """Send octets of stdin, waiting while the agent holds too many."""
-        for at in range(0, len(data), _STDIN_PIECE):
-            piece = data[at : at + _STDIN_PIECE]
+        for at in range(0, len(data), layout.STDIN_PIECE):
+            piece = data[at : at + layout.STDIN_PIECE]
             while self._unacknowledged + len(piece) > layout.STDIN_WINDOW:
                 await self._wait_for_ack()
             self._unacknowledged += len(piece)
