@@ -61,6 +61,10 @@ class HypervisorConfig:
 class VolumesConfig:
     """Where volumes live that need not be on the share."""
 
+    # An emptyDir with the default medium: the host's directory on the share, or a disk whose file is in it.
+    empty_dir: typing.Literal["share", "disk"] = "share"
+    # How much such a disk holds at most; it is sparse.
+    empty_dir_bytes: int = 10 * 1024**3
     # An emptyDir with medium Memory: a tmpfs in the guest, or the host's tmpfs on the share.
     memory_empty_dir: typing.Literal["guest", "share"] = "guest"
     # ConfigMaps, Secrets, projected and downward API volumes: a copy in the guest that follows the host's and raises
@@ -68,6 +72,8 @@ class VolumesConfig:
     files: typing.Literal["mirror", "share"] = "mirror"
     # The largest of those that is copied; a larger one is on the share.
     mirror_limit_bytes: int = 64 * 1024**2
+    # Where CSI drivers tell of volumes whose file systems the guest mounts, as Kata Containers does; "" turns it off.
+    direct_dir: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +237,7 @@ def check(config: Config) -> Config:
         ("hypervisor.default_memory_bytes", h.default_memory_bytes, 128 * 1024**2),
         ("hypervisor.scratch_bytes", h.scratch_bytes, 64 * 1024**2),
         ("hypervisor.boot_timeout_s", h.boot_timeout_s, 1),
+        ("volumes.empty_dir_bytes", config.volumes.empty_dir_bytes, 64 * 1024**2),
         ("volumes.mirror_limit_bytes", config.volumes.mirror_limit_bytes, 0),
         ("pool.size", config.pool.size, 0),
         ("pool.reserve_bytes", config.pool.reserve_bytes, 0),

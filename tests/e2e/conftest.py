@@ -157,9 +157,15 @@ def run_pod(daemon: Daemon, logs: Path, name: str = "pod", handler: str = "", **
 
 
 @pytest.fixture(scope="session")
-def daemon(layout: Path) -> Iterator[Daemon]:
+def direct_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the session's daemon finds direct-assigned volumes."""
+    return tmp_path_factory.mktemp("direct")
+
+
+@pytest.fixture(scope="session")
+def daemon(layout: Path, direct_dir: Path) -> Iterator[Daemon]:
     """The session's daemon with the busybox image loaded."""
-    with clean_daemon("e2e") as daemon:
+    with clean_daemon("e2e", f'[volumes]\ndirect_dir = "{direct_dir}"\n') as daemon:
         daemon.start()
         daemon.load(layout)
         yield daemon

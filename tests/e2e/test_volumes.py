@@ -386,7 +386,7 @@ def test_a_hostile_guest_stays_in_its_volumes(privileged: Pod, tmp_path: Path) -
 def test_volumes_outlive_the_daemon_and_leave_nothing(private_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     import signal
 
-    daemon = private_daemon()
+    daemon = private_daemon('[volumes]\nempty_dir = "disk"\n')
     volume = tmp_path / "volume"
     volume.mkdir()
     (volume / "kept").write_text("kept")
@@ -395,6 +395,23 @@ def test_volumes_outlive_the_daemon_and_leave_nothing(private_daemon: Callable[.
     before = snapshot(daemon.root)
     pod = run_pod(daemon, tmp_path, "volumes")
     container = pod.run("sleep", "1000", mounts=[mount(volume, "/v"), mount(secret, "/s", readonly=True)])
+    disk, part = kubelet_volume(tmp_path, "empty-dir"), tmp_path / "pods/uid/volume-subpaths/v/c/0"
+    disk.chmod(0o2770)
+    os.chown(disk, 0, 4321)
+    (disk / "sub").mkdir()
+    part.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", disk / "sub", part], check=True)
+    try:
+        writer = pod.run("sleep", "1000", mounts=[mount(disk, "/d"), mount(part, "/part")])
+    finally:
+        subprocess.run(["umount", part], check=True)
+    assert sh(pod, writer, "grep ' /d ' /proc/mounts | cut -d' ' -f3; stat -c '%a %g' /d") == "ext4\n2770 4321"
+    assert sh(pod, writer, "echo x > /part/file; ls -A /d; cat /d/sub/file") == "sub\nx"
+    image = disk / ".vmrt-disk"
+    empty = image.stat().st_blocks
+    sh(pod, writer, "dd if=/dev/zero of=/d/big bs=1M count=8 conv=fsync 2>/dev/null")
+    assert image.stat().st_blocks >= empty + 8 * 2048  # as kubelet sees it
+    sh(pod, writer, "rm /d/big; sync")
     daemon.stop(signal.SIGKILL)
     publish(secret, "2", {"token": "second"})
     daemon.start()
@@ -405,7 +422,13 @@ def test_volumes_outlive_the_daemon_and_leave_nothing(private_daemon: Callable[.
     later = pod.run("sleep", "1000", mounts=[mount(volume, "/w")])
     assert sh(pod, later, "cat /w/kept") == "kept"
     pod.remove(container)
+    until(lambda: image.stat().st_blocks < empty + 4 * 2048, "the discarded blocks")
+    pod.remove(writer)
+    # Another container of the pod, as after a crash, finds what was there.
+    again = pod.run("sleep", "1000", mounts=[mount(disk, "/d")])
+    assert sh(pod, again, "cat /d/sub/file") == "x"
     daemon.remove_pods()
+    assert str(image) not in subprocess.run(["losetup", "-l"], check=True, capture_output=True, text=True).stdout
     left = snapshot(daemon.root).added_since(before)
     assert set(left) <= {"links"}, left  # the daemon's bridge stays as long as it runs
     assert (volume / "kept").read_text() == "kept"

@@ -219,6 +219,10 @@ class Hypervisor(FakeHypervisor):
         async with self._world.step("attach"):
             await super().attach_disk(vm_id, disk)
 
+    async def detach_disk(self, vm_id: str, serial: str) -> None:
+        async with self._world.step("detach"):
+            await super().detach_disk(vm_id, serial)
+
     async def dial(self, vm_id: str, port: int, *, timeout_s: float = 5.0) -> Connection:
         raise AssertionError("the fake agent has no connections")
 
@@ -344,6 +348,14 @@ class Agent:
     async def list_containers(self) -> pb.ListContainersResponse:
         async with self._call("agent list") as guest:
             return pb.ListContainersResponse(containers=guest.containers.values())
+
+    async def release_volume(self, name: str, *, timeout_s: float) -> None:
+        async with self._call("release volume"):
+            pass
+
+    async def release_disk(self, serial: str, *, timeout_s: float) -> None:
+        async with self._call("release disk"):
+            pass
 
     async def shutdown(self, *, timeout_s: float) -> None:
         async with self._call("shutdown") as guest:

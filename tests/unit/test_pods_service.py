@@ -406,6 +406,21 @@ def test_a_spoiled_end_is_repeated_with_success(
     run(tmp_path, monkeypatch, test)
 
 
+def test_a_guest_with_disks_of_the_host_is_shut_down_when_no_container_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(world: World) -> None:
+        for disks in (False, True):
+            sandbox = await world.service.run_sandbox(replace(SANDBOX, attempt=int(disks)))
+            if disks:
+                world.table.sandboxes[sandbox].blocks["b-1"] = ((7, 0), 1)
+            world.steps.clear()
+            await world.service.stop_sandbox(sandbox)
+            assert ("shutdown" in world.steps) == disks
+
+    run(tmp_path, monkeypatch, test)
+
+
 def test_an_unforeseen_failure_of_the_guest_does_not_keep_a_sandbox_from_stopping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ class Service:
             "ContainerStats": (pb.ContainerStatsRequest, self.container_stats),
             "UpdateContainer": (pb.UpdateContainerRequest, self.update_container),
             "MakeVolume": (pb.MakeVolumeRequest, self.make_volume),
+            "ReleaseVolume": (pb.ReleaseVolumeRequest, self.release_volume),
             "PublishFiles": (pb.PublishFilesRequest, self.publish_files),
             "ReleaseDisk": (pb.ReleaseDiskRequest, self.release_disk),
             "Shutdown": (pb.ShutdownRequest, self.shutdown),
@@ -157,10 +158,15 @@ class Service:
         return pb.UpdateContainerResponse()
 
     def make_volume(self, request: pb.MakeVolumeRequest, deadline: float) -> pb.MakeVolumeResponse:
-        """Make a volume in the guest's memory."""
+        """Make a volume in the guest."""
         self.sandbox.require()
-        self.containers.volumes.make(request)
+        self.containers.volumes.make(request, deadline)
         return pb.MakeVolumeResponse()
+
+    def release_volume(self, request: pb.ReleaseVolumeRequest, deadline: float) -> pb.ReleaseVolumeResponse:
+        """Unmount a volume on a disk."""
+        self.containers.volumes.unmake(request.name)
+        return pb.ReleaseVolumeResponse()
 
     def publish_files(self, request: pb.PublishFilesRequest, deadline: float) -> pb.PublishFilesResponse:
         """Change the files of a volume in the guest's memory."""
@@ -176,10 +182,13 @@ class Service:
         return pb.ReleaseDiskResponse()
 
     def shutdown(self, request: pb.ShutdownRequest, deadline: float) -> pb.ShutdownResponse:
-        """Kill everything and leave the scratch disk clean."""
+        """Kill everything and unmount the volumes, so that all of what was written to them is with the host.
+
+        A block device is flushed when its last user closes it. The scratch disk ends with this VM.
+        """
         self.containers.kill_all((request.timeout_ms or 10_000) / 1000)
-        os.sync()
-        rootfs.unmount(layout.SCRATCH)
+        rootfs.unmount_tree(layout.SHARE)
+        self.containers.volumes.unmake_all()
         return pb.ShutdownResponse()
 
 

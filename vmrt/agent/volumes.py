@@ -6,7 +6,8 @@ namespace: all containers bind one file system, where they meet in one inode. It
 host may unmount what is behind it.
 
 A volume in the guest's memory is a tmpfs that lives as long as the VM: an emptyDir with medium Memory, or the copy of a
-ConfigMap, Secret or projected volume, whose changes raise inotify events because they are made in this kernel.
+ConfigMap, Secret or projected volume, whose changes raise inotify events because they are made in this kernel. A volume
+on a disk is that disk's file system, until the host asks for the disk back.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import contextlib
 import os
 import threading
 
-from vmrt.agent import kernel, layout, rootfs, status, users
+from vmrt.agent import console, kernel, layout, rootfs, status, users
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Volumes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users: dict[str, int] = {}
+        self._disks: set[str] = set()
 
     # --- of the share -------------------------------------------------------------------------------------------------
 
@@ -59,10 +61,10 @@ class Volumes:
                     # Under the lock: a container that comes now must not bind what is about to go.
                     rootfs.unmount_tree(f"{layout.SHARE}/{name}")
 
-    # --- in memory ----------------------------------------------------------------------------------------------------
+    # --- of the guest -------------------------------------------------------------------------------------------------
 
-    def make(self, request: pb.MakeVolumeRequest) -> None:
-        """Make a tmpfs; one that is there stays as it is. Raises `AgentError`."""
+    def make(self, request: pb.MakeVolumeRequest, deadline: float) -> None:
+        """Mount a tmpfs or a disk; a volume that is there stays as it is. Raises `AgentError`."""
         path = _path(request.name)
         with self._lock, _told(f"volume {request.name}"):
             if not os.path.isdir(path):  # noqa: PTH112
@@ -70,20 +72,41 @@ class Volumes:
                 if len(os.listdir(layout.VOLUMES)) >= MAX_VOLUMES:  # noqa: PTH208
                     raise status.AgentError(status.RESOURCE_EXHAUSTED, f"this VM has {MAX_VOLUMES} volumes")
                 os.mkdir(path)  # noqa: PTH102
-                memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-                size = f",size={min(request.size_bytes, memory_bytes)}" if request.size_bytes else ""
                 try:
-                    kernel.mount("tmpfs", path, "tmpfs", kernel.MS_NODEV, f"mode=0700{size}")
-                except OSError:
+                    if request.HasField("disk"):
+                        from vmrt.agent import disk_volumes
+
+                        disk_volumes.mount(path, request.disk, deadline)
+                        if request.HasField("root"):
+                            disk_volumes.make_empty_dir(path, request.root)
+                        self._disks.add(request.name)
+                    else:
+                        _mount_tmpfs(path, request)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        kernel.umount(path)
                     os.rmdir(path)  # noqa: PTH106
                     raise
-                root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    _own(root, request.root)
-                finally:
-                    os.close(root)
             if request.sub_path:
                 _make_sub_path(path, request)
+
+    def unmake(self, name: str) -> None:
+        """Write back and unmount a volume on a disk. Raises `AgentError` while something uses it."""
+        path = _path(name)
+        with self._lock, _told(f"volume {name}"):
+            if name in self._disks:
+                # Not lazily: all of it is on the disk when this returns.
+                kernel.umount(path, 0)
+                os.rmdir(path)  # noqa: PTH106
+                self._disks.discard(name)
+
+    def unmake_all(self) -> None:
+        """Write back and unmount every volume on a disk, the containers being dead."""
+        for name in sorted(self._disks):
+            try:
+                self.unmake(name)
+            except status.AgentError as e:
+                console.log(e.message)
 
     def publish(self, request: pb.PublishFilesRequest) -> None:
         """Take a part of a version of a volume's files. Raises `AgentError`."""
@@ -101,6 +124,17 @@ class Volumes:
                     _write(version, file)
             if request.commit:
                 _commit(root, request, before)
+
+
+def _mount_tmpfs(path: str, request: pb.MakeVolumeRequest) -> None:
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    size = f",size={min(request.size_bytes, memory_bytes)}" if request.size_bytes else ""
+    kernel.mount("tmpfs", path, "tmpfs", kernel.MS_NODEV, f"mode=0700{size}")
+    root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _own(root, request.root)
+    finally:
+        os.close(root)
 
 
 def _commit(root: str, request: pb.PublishFilesRequest, before: str) -> None:

@@ -117,8 +117,12 @@ class AgentClient:
         await self._call("UpdateContainer", request, pb.UpdateContainerResponse, timeout_s)
 
     async def make_volume(self, request: pb.MakeVolumeRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Make a volume in the guest's memory; one that is there stays as it is."""
+        """Make a volume in the guest; one that is there stays as it is."""
         await self._call("MakeVolume", request, pb.MakeVolumeResponse, timeout_s)
+
+    async def release_volume(self, name: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Write back and unmount a volume on a disk; one that is not there is no error."""
+        await self._call("ReleaseVolume", pb.ReleaseVolumeRequest(name=name), pb.ReleaseVolumeResponse, timeout_s)
 
     async def publish_files(self, request: pb.PublishFilesRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Send a part of a version of a volume's files."""
@@ -129,7 +133,7 @@ class AgentClient:
         await self._call("ReleaseDisk", pb.ReleaseDiskRequest(serial=serial), pb.ReleaseDiskResponse, timeout_s)
 
     async def shutdown(self, *, timeout_s: float = 10.0) -> None:
-        """Kill every container, sync, unmount the scratch disk."""
+        """Kill every container, write back and unmount its volumes."""
         request = pb.ShutdownRequest(timeout_ms=int(timeout_s * 800))
         await self._call("Shutdown", request, pb.ShutdownResponse, timeout_s)
 

@@ -28,7 +28,8 @@ from vmrt.model import (
     ProfileType,
     SupplementalGroupsPolicy,
 )
-from vmrt.pods import container_mounts, devices, image_volumes, oci, seccomp, volumes
+from vmrt.pods import block_devices, container_mounts, devices, guest_volumes, image_volumes, oci, seccomp, volumes
+from vmrt.pods.block_device import BlockDevice
 from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import finish
 from vmrt.pods.layer_disks import attach_layers, serial
@@ -58,6 +59,9 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
     if image is None:
         raise NotFoundError(f"the image {spec.image!r} is not on this node", hint="pull or load it first")
     volume_images = image_volumes.find(table.images, spec.mounts)
+    devices_ = await asyncio.to_thread(block_devices.plan, spec.devices)
+    plan = await asyncio.to_thread(guest_volumes.plan, spec.mounts, table.config.volumes)
+    blocks = (*devices_, *container_mounts.blocks_of(plan))
     container_id = secrets.token_hex(32)
     live = table.add_container(
         ContainerRecord(
@@ -72,6 +76,7 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
             stop_signal=spec.stop_signal or image.config.stop_signal or "SIGTERM",
             layer_serials=tuple(serial(layer) for layer in image.layers),
             volume_image_ids=image_volumes.ids(volume_images, len(spec.mounts)),
+            block_serials=tuple(dict.fromkeys(block.serial for block in blocks)),
         )
     )
     # Held to the end of the undo, too: a removal of the sandbox waits until this container is settled.
@@ -79,12 +84,13 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
         try:
             for image_id in {image.id, *(volume.id for volume in volume_images.values())}:
                 table.images.retain(image_id, container_id)
-            prepared = await container_mounts.prepare(table, sandbox, container_id, spec.mounts)
+            await block_devices.attach(table, sandbox, blocks)
+            prepared = await container_mounts.prepare(table, sandbox, container_id, spec.mounts, plan)
             prepared = container_mounts.Prepared(
                 prepared.bound + image_volumes.bound(volume_images, spec.mounts, container_id),
                 (*prepared.storages, *image_volumes.storages(volume_images, spec.mounts)),
             )
-            request = _request(table, sandbox, live.record, image, prepared)
+            request = _request(table, sandbox, live.record, image, prepared, devices_)
             agent = sandbox.need_agent()
             layers = [layer for each in (image, *volume_images.values()) for layer in each.layers]
             await attach_layers(table, sandbox, layers)
@@ -123,6 +129,7 @@ async def undo_create(table: PodTable, sandbox: LiveSandbox | None, live: LiveCo
         agent = sandbox.agent
         with contextlib.suppress(VmGoneError):  # and the container with it
             await again(lambda: agent.remove_container(live.id))
+        await block_devices.detach(table, sandbox, live)
     if live.pump is not None:
         await live.pump.stop()
     owner = table.sandboxes.get(live.record.sandbox_id)
@@ -151,7 +158,12 @@ def _log_path(directory: str, path: str) -> str:
 
 
 def _request(
-    table: PodTable, sandbox: LiveSandbox, record: ContainerRecord, image: Image, prepared: container_mounts.Prepared
+    table: PodTable,
+    sandbox: LiveSandbox,
+    record: ContainerRecord,
+    image: Image,
+    prepared: container_mounts.Prepared,
+    blocks: tuple[BlockDevice, ...],
 ) -> pb.CreateContainerRequest:
     spec = record.spec
     security = spec.security
@@ -189,7 +201,7 @@ def _request(
         create_working_dir=True,
         discard_output=not record.log_path,
         join_pid_namespace_of=target.target_id if target.pid is NamespaceMode.TARGET else "",
-        devices=devices.nodes(spec.devices),
+        devices=devices.nodes(spec.devices, {block.index: block.serial for block in blocks}),
         all_devices=security.privileged,
     )
 

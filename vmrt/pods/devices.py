@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.errors import InvalidArgumentError, UnsupportedError
@@ -41,11 +41,18 @@ def guest_node(device: Device, field: str) -> pb.DeviceNode:
             phase=_PHASE,
             hint=f"the guest's own: {' '.join(sorted(GUEST_DEVICES))}",
         )
-    if stat.S_ISBLK(mode):
-        raise UnsupportedError(f"{what}, a block device, which vmrt does not plug into the VM yet", phase=_PHASE)
     raise InvalidArgumentError(f"{what}, which is no device", phase=_PHASE)
 
 
-def nodes(devices: Sequence[Device]) -> list[pb.DeviceNode]:
-    """Return the guest's nodes for `config.devices`; errors as of `guest_node`."""
-    return [guest_node(device, f"config.devices[{index}]") for index, device in enumerate(devices)]
+def nodes(devices: Sequence[Device], serials: Mapping[int, str] | None = None) -> list[pb.DeviceNode]:
+    """Return the guest's nodes for `config.devices`; errors as of `guest_node`.
+
+    `serials` has the disks of those that are block devices of the host, by index.
+    """
+    blocks = serials or {}
+    return [
+        pb.DeviceNode(path=device.container_path, disk_serial=blocks[index], permissions=device.permissions)
+        if index in blocks
+        else guest_node(device, f"config.devices[{index}]")
+        for index, device in enumerate(devices)
+    ]

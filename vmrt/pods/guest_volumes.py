@@ -1,7 +1,8 @@
-"""Volumes that live in the guest's memory instead of the share: which they are, and how they are made.
+"""Volumes that live in the guest instead of the share: which they are, and how they are made.
 
 An emptyDir with medium Memory is a tmpfs that kubelet mounts with the volume's size: containers get one of that size in
-their own kernel, so that it is counted as their memory. ConfigMaps and their like: `mirrors`.
+their own kernel, so that it is counted as their memory. ConfigMaps and their like: `mirrors`. File systems on block
+devices: `direct_volumes`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from vmrt.agent import layout
 from vmrt.config import VolumesConfig
 from vmrt.errors import UnsupportedError
 from vmrt.model import Mount, Propagation
-from vmrt.pods import host_paths, mirrors, mount_tree
+from vmrt.pods import direct_volumes, empty_dir_disks, host_paths, mirrors, mount_tree
 from vmrt.pods.atomic_writer import Owner, owner_of
+from vmrt.pods.direct_volumes import Direct
+from vmrt.pods.empty_dir_disks import EmptyDirDisk
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +42,17 @@ class Memory:
             request.sub_path_owner.CopyFrom(self.sub_path_owner.message())
         return request
 
-    def storage(self, index: int, *, readonly: bool) -> pb.Storage:
-        """Return what has the agent bind a sub-path: the agent follows no link that a container made in the volume."""
-        path = f"{self.name}/{self.sub_path}"
-        return pb.Storage(name=f"volume{index}", volume_path=path, readonly=readonly)
-
 
 @dataclass(frozen=True, slots=True)
 class Mirrored:
     """A ConfigMap, Secret, projected or downward API volume."""
 
     path: str
+
+
+def storage(where: Memory | EmptyDirDisk, index: int, *, readonly: bool) -> pb.Storage:
+    """Return what has the agent bind a sub-path: the agent follows no link that a container made in the volume."""
+    return pb.Storage(name=f"volume{index}", volume_path=f"{where.name}/{where.sub_path}", readonly=readonly)
 
 
 def source(name: str) -> str:
@@ -62,13 +65,25 @@ def storage_source(container_id: str, storage: pb.Storage) -> str:
     return f"{layout.CONTAINERS}/{container_id}/storage/{storage.name}"
 
 
-def plan(mounts: Sequence[Mount], config: VolumesConfig) -> list[Memory | Mirrored | None]:
-    """Say of each mount whether it is one for the guest's memory; None is the share's, also to be refused there."""
-    return [_plan_one(index, mount, config) for index, mount in enumerate(mounts)]
+Place = Memory | Mirrored | Direct | EmptyDirDisk | None
 
 
-def _plan_one(index: int, mount: Mount, config: VolumesConfig) -> Memory | Mirrored | None:
-    if mount.propagation is Propagation.BIDIRECTIONAL:
+def plan(mounts: Sequence[Mount], config: VolumesConfig) -> tuple[Place, ...]:
+    """Say of each mount whether its volume is one of the guest's; None is the share's, also to be refused there."""
+    return tuple(_plan_one(index, mount, config) for index, mount in enumerate(mounts))
+
+
+def _plan_one(index: int, mount: Mount, config: VolumesConfig) -> Place:
+    if mount.image or mount.propagation is Propagation.BIDIRECTIONAL:
+        return None
+    if direct := direct_volumes.find(config.direct_dir, mount.host_path, f"config.mounts[{index}]"):
+        if mount.uids:
+            raise UnsupportedError(
+                f"config.mounts[{index}].uidMappings: a direct-assigned volume takes none", phase="volumes"
+            )
+        return direct
+    if mount.uids:
+        # The host maps the ids, on the share.
         return None
     volume = host_paths.pod_volume(mount.host_path)
     if volume is not None and volume.plugin in mirrors.PLUGINS:
@@ -81,21 +96,27 @@ def _plan_one(index: int, mount: Mount, config: VolumesConfig) -> Memory | Mirro
     except OSError:
         return None
     try:
-        return _memory(fd, f"config.mounts[{index}]", config)
+        return _empty_dir(fd, mount.host_path, f"config.mounts[{index}]", config)
     except OSError:
         return None
     finally:
         os.close(fd)
 
 
-def _memory(fd: int, field: str, config: VolumesConfig) -> Memory | None:
+def _empty_dir(fd: int, path: str, field: str, config: VolumesConfig) -> Memory | EmptyDirDisk | None:
+    own = mount_tree.entry_of(fd)
+    if own is None:
+        return None
+    if own.fstype in ("tmpfs", "hugetlbfs") and (memory := _memory(fd, own, field, config)):
+        return memory
+    return empty_dir_disks.find(fd, path, own, field) if config.empty_dir == "disk" else None
+
+
+def _memory(fd: int, own: mount_tree.Entry, field: str, config: VolumesConfig) -> Memory | None:
     """Return the emptyDir whose tmpfs an open file lies on, with the way from its root.
 
     kubelet sends a sub-path as a bind mount or a descriptor: what they have in common with the emptyDir is the device.
     """
-    own = mount_tree.entry_of(fd)
-    if own is None or own.fstype not in ("tmpfs", "hugetlbfs"):
-        return None
     places = [
         entry.place
         for entry in mount_tree.mounts()

@@ -114,6 +114,7 @@ class ContainerRecord:
     layer_serials: tuple[str, ...] = ()
     # For each of spec.mounts the id of the image that it mounts, "" for a host path; () when none mounts an image.
     volume_image_ids: tuple[str, ...] = ()
+    block_serials: tuple[str, ...] = ()
     started_ns: int = 0
     finished_ns: int = 0
     exit_code: int = 0

@@ -178,9 +178,9 @@ async def _take_container(
             container_create.start_pump(table, live, container)
         except VmrtError as e:
             log.error("container %s: its log cannot be written: %s", container.id[:13], e)
-    if info.state != pb.ContainerInfo.EXITED:
-        await container_mounts.follow_again(table, live, container.record.spec.mounts)
-    else:
+    exited_meanwhile = info.state == pb.ContainerInfo.EXITED
+    await container_mounts.follow_again(table, live, container, runs=not exited_meanwhile)
+    if exited_meanwhile:
         table.background(exited(table, container, info.exit), f"exit {container.id[:13]}")
 
 

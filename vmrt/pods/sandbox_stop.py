@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 # How long the guest gets to kill its containers and write back; it is killed afterwards in any case.
 SHUTDOWN_S = 3.0
+# With block devices of the host in the VM: what its containers wrote and did not flush has to reach them.
+FLUSH_S = 60.0
 _DRAIN_S = 1.0
 
 
@@ -51,10 +53,11 @@ async def _let_go(table: PodTable, live: LiveSandbox) -> None:
 async def _shut_down(table: PodTable, live: LiveSandbox) -> None:
     """Have the guest kill the containers, for their true exit codes; without running ones the VM is just killed."""
     running = any(c.record.state is ContainerState.RUNNING for c in table.containers_of(live.id))
-    if live.agent is None or not running:
+    # A disk's file system is written back by its unmount, whether its containers run or not.
+    if live.agent is None or not (running or live.blocks):
         return
     try:
-        await live.agent.shutdown(timeout_s=SHUTDOWN_S)
+        await live.agent.shutdown(timeout_s=FLUSH_S if live.blocks else SHUTDOWN_S)
     except VmrtError as e:
         log.info("sandbox %s: the guest did not shut down by itself, it is killed: %s", live.id[:13], e)
         return

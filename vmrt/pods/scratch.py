@@ -22,6 +22,7 @@ from vmrt.pods.cancellation import uncancelled
 SERIAL = SCRATCH_SERIAL
 # A file system with less than this left is full.
 _FULL_BYTES = 1024 * 1024
+_JOURNAL_MIB = 4
 
 
 def path(root: Path, vm_id: str) -> Path:
@@ -31,17 +32,23 @@ def path(root: Path, vm_id: str) -> Path:
 
 async def make(root: Path, vm_id: str, size_bytes: int, owner: str) -> Path:
     """Create a VM's scratch disk, owned by the user QEMU runs as. Raises `ExhaustedError` when the disk is full."""
-    template = root / "scratch" / f"template-{size_bytes}.ext4"
-    if not template.exists():
-        await _make_template(template, size_bytes)
+    template = await template_of(root, size_bytes)
     target = path(root, vm_id)
     try:
         # A thread cannot be cancelled: an undo must not run before it has ended.
-        await uncancelled(asyncio.to_thread(_copy_sparse, template, target, owner))
+        await uncancelled(asyncio.to_thread(copy_sparse, template, target, owner))
     except OSError as e:
         kind = ExhaustedError if e.errno in (errno.ENOSPC, errno.EDQUOT) else VmrtError
         raise kind(f"cannot create the scratch disk: {e.strerror}", phase="scratch disk", resource=str(target)) from e
     return target
+
+
+async def template_of(root: Path, size_bytes: int, *, journal: bool = False) -> Path:
+    """Return a file with an empty ext4 file system of this size, made by the first who asks."""
+    template = root / "scratch" / f"template-{size_bytes}{'-journal' if journal else ''}.ext4"
+    if not template.exists():
+        await _make_template(template, size_bytes, journal=journal)
+    return template
 
 
 def remove(root: Path, vm_id: str) -> None:
@@ -60,16 +67,17 @@ def vm_ids(root: Path) -> list[str]:
     return [file.stem for file in (root / "scratch").glob("*.img")]
 
 
-async def _make_template(template: Path, size_bytes: int) -> None:
+async def _make_template(template: Path, size_bytes: int, *, journal: bool) -> None:
     template.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: several pods may be the first ones.
     part = template.with_name(f"{template.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as file:
             file.truncate(size_bytes)
-        options = "lazy_itable_init=1,nodiscard,root_owner=0:0"
-        features = "^has_journal,^resize_inode,^metadata_csum"
-        argv: list[str | Path] = ["mkfs.ext4", "-q", "-F", "-m", "0", "-O", features, "-E", options, part]
+        options = "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0"
+        features = f"{'' if journal else '^'}has_journal,^resize_inode,^metadata_csum"
+        argv: list[str | Path] = ["mkfs.ext4", "-q", "-F", "-m", "0", "-O", features, "-E", options]
+        argv += ["-J", f"size={_JOURNAL_MIB}", part] if journal else [part]
         try:
             await spawn.run(argv, phase="scratch disk", resource=str(template))
         except ProcessError as e:
@@ -87,7 +95,8 @@ async def _make_template(template: Path, size_bytes: int) -> None:
         part.unlink(missing_ok=True)
 
 
-def _copy_sparse(source: Path, target: Path, owner: str) -> None:
+def copy_sparse(source: Path, target: Path, owner: str) -> None:
+    """Copy a file's data and leave its holes; the copy is `owner`'s alone. Raises `OSError`, nothing left."""
     fd_in = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fd_out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

@@ -17,7 +17,16 @@ from pathlib import Path
 from vmrt import __version__
 from vmrt.errors import FailedPreconditionError, UnavailableError, VmGoneError, VmrtError
 from vmrt.model import ContainerSpec, LinuxResources, SandboxSpec
-from vmrt.pods import container_create, container_exec, container_stop, recovery, resize, sandbox_run, sandbox_stop
+from vmrt.pods import (
+    block_devices,
+    container_create,
+    container_exec,
+    container_stop,
+    recovery,
+    resize,
+    sandbox_run,
+    sandbox_stop,
+)
 from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import follow_vms
 from vmrt.pods.container_exec import ExecResult
@@ -62,6 +71,7 @@ class PodService:
         table.background(follow_vms(table), "VM events")
         await recovery.recover(table)
         table.background(recovery.sweep_forever(table), "sweep")
+        table.background(block_devices.follow_sizes(table), "sizes of block devices")
         table.pool.start()
 
     async def close(self) -> None:

@@ -45,6 +45,10 @@ class LiveSandbox:
     events: asyncio.Task[None] | None = None
     # Layer disks by serial: a future that ends when the disk is in the VM.
     disks: dict[str, asyncio.Future[None]] = field(default_factory=dict)
+    # Host block devices in the VM, by serial: their number, and the size that the guest knows. Plugged and unplugged
+    # under the lock.
+    blocks: dict[str, tuple[tuple[int, int], int]] = field(default_factory=dict)
+    block_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     # A start whose undo did not succeed: its name is free, and the sweep comes back for the rest.
     undo_failed: bool = False
 
