@@ -127,15 +127,19 @@ def unmount(target: str) -> None:
 
 
 def unmount_tree(directory: str) -> None:
-    """Unmount all that is mounted at and below `directory`, and let go of the files behind it.
-
-    A dentry that is only cached would keep the host file system busy, by way of virtiofsd (sysctl/vm.rst, drop_caches).
-    """
+    """Unmount all that is mounted at and below `directory`."""
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:  # noqa: PTH123
         places = [line.split(" ", 5)[4] for line in file]
     for place in reversed(places):
         if place == directory or place.startswith(f"{directory}/"):
             unmount(place)
+
+
+def forget_unused_files() -> None:
+    """Drop the dentries that are only cached (sysctl/vm.rst, drop_caches).
+
+    By way of virtiofsd, one would keep a file system of the host busy.
+    """
     with contextlib.suppress(OSError), open("/proc/sys/vm/drop_caches", "w") as file:  # noqa: PTH123
         file.write("2")
 

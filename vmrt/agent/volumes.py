@@ -60,6 +60,8 @@ class Volumes:
                     del self._users[name]
                     # Under the lock: a container that comes now must not bind what is about to go.
                     rootfs.unmount_tree(f"{layout.SHARE}/{name}")
+        if names:
+            rootfs.forget_unused_files()
 
     # --- of the guest -------------------------------------------------------------------------------------------------
 
