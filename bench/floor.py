@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmrt.agent.layout import READY_PORT
+from vmrt.hypervisor import virtiofsd
 from vmrt.model import GuestImage
 
 _TIMEOUT_S = 60.0
@@ -30,9 +31,49 @@ class Bare:
     boot_s: float
     qemu_pid: int
     helper_pid: int
+    vsock: Path
 
 
-def _devices(guest: GuestImage, directory: Path, tap: str) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """Devices that not every bare VM needs: a share with its virtiofsd, a scratch disk, image layers."""
+
+    virtiofsd: Path
+    share: Path
+    scratch: Path
+    layers: tuple[Path, ...]
+
+    def devices(self, directory: Path) -> tuple[list[str], list[dict[str, object]]]:
+        """Return QEMU's arguments for the back ends, and the devices: as vmrt's domain has them."""
+        disks = [("scratch", self.scratch, "cache=unsafe,discard=unmap")]
+        disks += [(f"l-{number}", path, "readonly=on") for number, path in enumerate(self.layers)]
+        arguments = ["-chardev", f"socket,id=share,path={directory}/fs"]
+        devices: list[dict[str, object]] = [
+            {"driver": "vhost-user-fs-pci", "chardev": "share", "tag": "share", "queue-size": 1024, "addr": "0x7"}
+        ]
+        for unit, (serial, path, options) in enumerate(disks):
+            arguments += ["-drive", f"id=d{unit},if=none,format=raw,file={path},{options}"]
+            devices.append({"driver": "scsi-hd", "bus": "scsi.0", "lun": unit, "drive": f"d{unit}", "serial": serial})
+        return arguments, devices
+
+    def serve(self, directory: Path) -> subprocess.Popen[bytes]:
+        """Start virtiofsd as vmrt does."""
+        usage = subprocess.run([self.virtiofsd, "--help"], check=False, capture_output=True, text=True)
+        rust = virtiofsd.is_rust(usage.stdout + usage.stderr)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(directory / "fs"))
+            listener.listen(1)
+            command = virtiofsd.command(self.virtiofsd, self.share, listener.fileno(), rust=rust)
+            return subprocess.Popen(
+                command,
+                pass_fds=(listener.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+
+def _devices(guest: GuestImage, directory: Path, tap: str, extra: Extra | None) -> list[str]:
     devices: list[dict[str, object]] = [
         {"driver": "virtio-blk-pci", "drive": "root", "serial": "vmrt-root", "addr": "0x2"},
         {"driver": "virtio-scsi-pci", "id": "scsi", "addr": "0x3"},
@@ -49,20 +90,32 @@ def _devices(guest: GuestImage, directory: Path, tap: str) -> list[str]:
         "-chardev", f"file,id=console,path={directory}/console",
         "-serial", "chardev:console",
     ]  # fmt: skip
+    if extra is not None:
+        more, more_devices = extra.devices(directory)
+        arguments += more
+        devices += more_devices
     for device in devices:
         arguments += ["-device", json.dumps({"bus": "pcie.0", **device})]
     return arguments
 
 
 @contextlib.contextmanager
-def bare_vm(guest: GuestImage, directory: Path, vhost_device_vsock: Path, *, number: int, kvm: bool) -> Iterator[Bare]:
+def bare_vm(
+    guest: GuestImage,
+    directory: Path,
+    vhost_device_vsock: Path,
+    *,
+    number: int,
+    kvm: bool,
+    extra: Extra | None = None,
+) -> Iterator[Bare]:
     """Boot a bare VM in `directory` and yield it when its agent is ready; kill it at the end.
 
     `number` tells those of one process apart. Raises `RuntimeError` with the console's end when it does not come up
     within a minute.
     """
     directory.mkdir(parents=True)
-    devices = _devices(guest, directory, f"vtb{os.getpid()}x{number}")
+    devices = _devices(guest, directory, f"vtb{os.getpid()}x{number}", extra)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(directory / f"vsock_{READY_PORT}"))
     listener.listen(1)
@@ -72,6 +125,7 @@ def bare_vm(guest: GuestImage, directory: Path, vhost_device_vsock: Path, *, num
         [vhost_device_vsock, "--guest-cid=3", f"--socket={directory}/vhost", f"--uds-path={directory}/vsock"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
+    helpers = [helper] if extra is None else [helper, extra.serve(directory)]
     while not (directory / "vhost").exists():
         time.sleep(0.001)
     initramfs = ["-initrd", str(guest.initramfs)] if guest.initramfs else []
@@ -94,9 +148,9 @@ def bare_vm(guest: GuestImage, directory: Path, vhost_device_vsock: Path, *, num
             raise RuntimeError(f"the bare VM did not come up; its console ends:\n{end}") from e
         boot_s = time.monotonic() - began
         connection.close()
-        yield Bare(boot_s, qemu.pid, helper.pid)
+        yield Bare(boot_s, qemu.pid, helper.pid, directory / "vsock")
     finally:
-        for process in (qemu, helper):
+        for process in (qemu, *helpers):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
             process.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import lifecycle, portforward
+from bench import lifecycle, portforward, volumes
 from bench.stand import Stage
 
-STAGES: tuple[Stage, ...] = (lifecycle.STAGE, portforward.STAGE)
+STAGES: tuple[Stage, ...] = (lifecycle.STAGE, portforward.STAGE, volumes.STAGE)

@@ -77,13 +77,14 @@ class Bench:
         return str(self.runtime_info(self.cold)["accelerator"])
 
     @contextlib.contextmanager
-    def bare_vm(self) -> Iterator[floor.Bare]:
+    def bare_vm(self, extra: floor.Extra | None = None) -> Iterator[floor.Bare]:
         """Boot a bare VM with the same guest; it is gone at the end."""
         self._bare += 1
         number = self._bare
         helper = config.HypervisorConfig().vhost_device_vsock
         kvm = self.accelerator == "kvm"
-        with floor.bare_vm(self.guest, self.scratch / f"bare{number}", helper, number=number, kvm=kvm) as vm:
+        directory = self.scratch / f"bare{number}"
+        with floor.bare_vm(self.guest, directory, helper, number=number, kvm=kvm, extra=extra) as vm:
             yield vm
 
     @staticmethod
