@@ -109,14 +109,17 @@ def _leave(told: int, go: int, sleep: Callable[[], None]) -> None:
         kernel.unshare(_ALL)
         os.write(told, b"left")
         if os.read(go, 1):
+            changed, change = os.pipe()
             pid = os.fork()
             if pid == 0:
                 # Nothing may stay of the guest's root: containers of the pod may trace this process.
                 os.setgroups([])
                 os.setresgid(0, 0, 0)
                 os.setresuid(0, 0, 0)
+                os.write(change, b"!")
                 sleep()
-            os.write(told, str(pid).encode())
+            os.close(change)
+            os.write(told, str(pid).encode() if os.read(changed, 1) else b"its process 1 ended")
     except OSError as e:
         os.write(told, (e.strerror or "?").encode()[:64])
     finally:
