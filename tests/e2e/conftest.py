@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,8 +104,6 @@ class Pod:
 
     def wait(self, container_id: str) -> cri.ContainerStatus:
         """Wait until a container has ended and return its status."""
-        import time
-
         while (status := self.status(container_id)).state != cri.CONTAINER_EXITED:
             time.sleep(0.02)
         return status
@@ -137,6 +136,14 @@ def log_text(path: Path, stream: str = "stdout") -> str:
         if name == stream:
             out.append(content + ("\n" if tag == "F" else ""))
     return "".join(out)
+
+
+def until(what: Callable[[], bool], why: str, limit_s: float = 60) -> None:
+    """Wait for something to become true; the limit is for a test that fails, and far from what is expected."""
+    deadline = time.monotonic() + limit_s
+    while not what():
+        assert time.monotonic() < deadline, f"waited {limit_s} s until {why}"
+        time.sleep(0.02)
 
 
 def sandbox_config(logs: Path, name: str = "pod", **fields: object) -> cri.PodSandboxConfig:

@@ -12,9 +12,8 @@ import os
 import shutil
 import socket
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from click.testing import CliRunner
 from demo import busybox_image
 from demo.containerd import Bridge, Containerd, running, version
 from demo.daemon import Daemon
-from tests.e2e.conftest import IMAGE, Pod, clean_daemon, log_text, run_pod
+from tests.e2e.conftest import IMAGE, Pod, clean_daemon, log_text, run_pod, until
 from tests.e2e.docker_registry import Registry
 from vmrt.cli.app import cli
 from vmrt.pods.table import instance_tag
@@ -209,10 +208,10 @@ def test_a_container_at_the_delegate_has_all_that_kubelet_uses(node: Node, host:
     result = host.execute(container, "sh", "-c", "echo out; echo err >&2; exit 3")
     assert (result.stdout, result.stderr, result.exit_code) == (b"out\n", b"err\n", 3)
     log = host.logs / "ticker.log"
-    until(lambda: "tick" in log_text(log))
+    until(lambda: "tick" in log_text(log), "it prints")
     log.rename(log.with_suffix(".old"))
     node.daemon.runtime.ReopenContainerLog(cri.ReopenContainerLogRequest(container_id=container))
-    until(lambda: log.exists() and "tick" in log_text(log))
+    until(lambda: log.exists() and "tick" in log_text(log), "it prints to the new file")
     limits = cri.LinuxContainerResources(cpu_shares=512)
     node.daemon.runtime.UpdateContainerResources(
         cri.UpdateContainerResourcesRequest(container_id=container, linux=limits)
@@ -293,6 +292,9 @@ def test_images_are_one_store_and_go_to_where_they_are_needed(node: Node, vm: Po
     assert host.output("sh", "-c", "echo $APP", image=ours).strip() == "2"
     assert at_containerd(ours)
     assert vm.output("sh", "-c", "echo $APP", image=theirs).strip() == "1"
+    # crictl uses names; what was fetched by its digest has none on the other side.
+    assert host.output("sh", "-c", "echo $APP", image=two).strip() == "2"
+    assert vm.output("sh", "-c", "echo $APP", image=one).strip() == "1"
     # One whose name is another image by now is fetched by its digest.
     third = node.pull(three, vm)
     node.registry.push("app", "3", [busybox_image.layer(busybox_image.busybox())], Env=["PATH=/bin", "APP=new"])
@@ -341,16 +343,8 @@ def test_the_node_lives_through_a_stop_of_the_delegate(node: Node, vm: Pod, host
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert host.id in node.command("pods", "-q").split()
     node.containerd.start()
-    until(lambda: node.delegates_ready().status)
+    until(lambda: node.delegates_ready().status, "the delegate is up again")
     assert host.execute(container, "echo", "again").stdout == b"again\n"
     node.daemon.runtime.StopContainer(cri.StopContainerRequest(container_id=container, timeout=0))
     host.remove(container)
     assert container not in node.containers()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for something to become true."""
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -742,7 +742,10 @@ async def test_an_image_seen_in_our_store_serves_a_delegates_pod(shelf: tuple[No
     await node.create(sandbox, ID)
     (pulled,) = node.theirs.asked("PullImage")
     assert (pulled.image.image, pulled.auth) == (DIGEST, auth)
-    await node.create(sandbox, ID)
+    for name in (ID, "r.example/app:1"):
+        # What was fetched by its digest has no tag there, so a client that uses the tag is helped to the id.
+        await node.create(sandbox, name)
+    assert {request.config.image.image for request in node.theirs.asked("CreateContainer")} == {ID}
     assert node.theirs.calls["PullImage"] == 1
 
 
@@ -763,8 +766,11 @@ async def test_an_image_seen_at_the_delegate_serves_a_vm(shelf: tuple[Node, Shel
     images.registry[DIGEST] = Image(ID, (), (DIGEST,), 1, ImageConfig(), ())
     sandbox = await node.run("web", host=False)
     await node.create(sandbox, "r.example/app:1")
+    await node.create(sandbox, "r.example/app:1")
     assert images.pulled == [(DIGEST, None)]
-    assert ("create", OURS, "c") in node.pods.calls
+    assert [call[0] for call in node.pods.calls] == ["run", "create", "create"]
+    (container,) = node.pods.containers_by_id.values()
+    assert container.spec.image == ID
 
 
 async def test_figures_of_one_file_system_are_added_up(shelf: tuple[Node, Shelf], monkeypatch: Any) -> None:

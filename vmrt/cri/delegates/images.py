@@ -51,23 +51,34 @@ class Provider:
         return "" if found is None else found.id
 
     async def provide_here(self, spec: cri.ImageSpec) -> None:
-        """Fetch to our store what only a delegate has; an image that nobody has is no error of ours."""
+        """Fetch to our store what only a delegate has; an image that nobody has is no error of ours.
+
+        `spec` then names the image by its id where our store does not know the name: a digest fetches no tag.
+        """
         if not spec.image or self._images.get(specs.image_reference(spec, "config.image")) is not None:
             return
         for delegate in self._directory.delegates:
             image = await status_at(delegate, spec.image)
-            if image is not None:
+            if image is None:
+                continue
+            if self._images.get(image.id) is None:
                 auth = registry_auth(self._credentials.get(image.id, cri.AuthConfig()))
                 await self._fetch(image, "vmrt's store", lambda name, auth=auth: self._pull_here(name, auth))
-                return
+            spec.image = image.id
+            return
 
     async def provide_at(self, delegate: Delegate, spec: cri.ImageSpec, timeout_s: float | None) -> None:
-        """Fetch to a delegate what only our store or another delegate has."""
+        """Fetch to a delegate what only our store or another delegate has; `spec` changes as above."""
         if not spec.image or await status_at(delegate, spec.image) is not None:
             return
         image = await self._elsewhere(delegate, spec.image)
         if image is None:
             return  # its own answer is the best one
+        if await status_at(delegate, image.id) is None:
+            await self._fetch_at(delegate, image, timeout_s)
+        spec.image = image.id
+
+    async def _fetch_at(self, delegate: Delegate, image: cri.Image, timeout_s: float | None) -> None:
         auth = self._credentials.get(image.id)
 
         async def pull(name: str) -> str:
