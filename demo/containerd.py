@@ -39,6 +39,8 @@ state = "{root}/state"
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "{cni_bin_dir}"
     conf_dir = "{root}/net.d"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "{snapshotter}"
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
 """
@@ -63,7 +65,13 @@ class Containerd:
         self.socket = root / "containerd.sock"
         root.mkdir(parents=True)
         (root / "config.toml").write_text(
-            _CONFIG.format(root=root, socket=self.socket, pause=PAUSE, cni_bin_dir=self._network())
+            _CONFIG.format(
+                root=root,
+                socket=self.socket,
+                pause=PAUSE,
+                cni_bin_dir=self._network(),
+                snapshotter="overlayfs" if _overlay_works(root) else "native",
+            )
         )
         self.process: subprocess.Popen[bytes] | None = None
         self._channel = grpc.insecure_channel(f"unix:{self.socket}", options=[("grpc.enable_http_proxy", 0)])
@@ -161,6 +169,22 @@ class Containerd:
         conflist = {"cniVersion": "1.0.0", "name": self.bridge.name, "plugins": plugins}
         (self.root / "net.d" / "10-bridge.conflist").write_text(json.dumps(conflist))
         return next(d for d in ("/opt/cni/bin", "/usr/lib/cni") if (Path(d) / "bridge").exists())
+
+
+def _overlay_works(root: Path) -> bool:
+    """Say whether directories below `root` can be an overlay's layers: not where they are on an overlay themselves."""
+    names = ("lower", "upper", "work", "merged")
+    lower, upper, work, merged = (root / "overlay" / name for name in names)
+    for directory in (lower, upper, work, merged):
+        directory.mkdir(parents=True)
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    done = subprocess.run(
+        ["mount", "-t", "overlay", "overlay", "-o", options, merged], capture_output=True, check=False
+    )
+    if done.returncode == 0:
+        subprocess.run(["umount", merged], check=True)
+    shutil.rmtree(root / "overlay")
+    return done.returncode == 0
 
 
 def version() -> str:

@@ -188,15 +188,16 @@ def test_qemu_is_killed_during_the_boot(daemon: Daemon, tmp_path: Path) -> None:
 
 def test_a_client_that_gives_up(daemon: Daemon, tmp_path: Path) -> None:
     """At the first sight of QEMU, and with its own time limit: what was made is undone without anybody waiting."""
-    config = sandbox_config(tmp_path)
+    # A guest that never answers: with another the client might be too late.
+    request = cri.RunPodSandboxRequest(config=sandbox_config(tmp_path), runtime_handler="mute")
     before = Before(daemon)
-    call = daemon.runtime.RunPodSandbox.future(cri.RunPodSandboxRequest(config=config))
+    call = daemon.runtime.RunPodSandbox.future(request)
     wait_for_qemu(daemon)
     call.cancel()
     before.wait_restored()
     with pytest.raises(grpc.RpcError) as caught:
         # The name is free again.
-        daemon.runtime.RunPodSandbox(cri.RunPodSandboxRequest(config=config), timeout=1)
+        daemon.runtime.RunPodSandbox(request, timeout=1)
     assert caught.value.code() is CODE.DEADLINE_EXCEEDED
     before.wait_restored()
     assert not daemon.runtime.ListPodSandbox(cri.ListPodSandboxRequest()).items

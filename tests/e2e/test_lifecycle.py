@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 import urllib.request
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import grpc
 import pytest
 
 from demo.daemon import Daemon
-from tests.e2e.conftest import IMAGE, Pod, log_text, run_pod
+from tests.e2e.conftest import IMAGE, Pod, log_text, run_pod, until
 from vmrt.proto.runtime.v1 import api_pb2 as cri
 
 
@@ -38,9 +37,7 @@ def test_the_guest_is_another_kernel_and_the_output_is_logged(pod: Pod) -> None:
 
 def test_containers_share_the_pods_network_and_the_host_reaches_it(pod: Pod) -> None:
     server = pod.run("httpd", "-f", "-p", "8080", "-h", "/srv")
-    body = pod.output(
-        "sh", "-c", "for i in 1 2 3 4 5 6 7 8 9; do wget -q -O - http://127.0.0.1:8080/ && exit; sleep .2; done"
-    )
+    body = pod.output("sh", "-c", "until wget -q -O - http://127.0.0.1:8080/; do sleep .2; done")
     assert body == "hello from a container in a virtual machine\n"
     status = pod.daemon.runtime.PodSandboxStatus(cri.PodSandboxStatusRequest(pod_sandbox_id=pod.id)).status
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -63,12 +60,8 @@ def test_exec_that_runs_out_of_time_is_killed_with_its_children(pod: Pod) -> Non
     container = pod.run("sleep", "1000")
     slow = ("sh", "-c", "sleep 4321 & sleep 4321")
     assert code_of(lambda: pod.execute(container, *slow, timeout=1)) is grpc.StatusCode.DEADLINE_EXCEEDED
-    for _ in range(50):
-        left = pod.execute(container, "sh", "-c", "ps -o args | grep '[s]leep 4321' || true").stdout
-        if not left:
-            break
-        time.sleep(0.1)
-    assert left == b""
+    ps = ("sh", "-c", "ps -o args | grep '[s]leep 4321' || true")
+    until(lambda: pod.execute(container, *ps).stdout == b"", "its processes are gone")
     pod.remove(container)
 
 
@@ -97,9 +90,11 @@ def test_status_tells_the_whole_life(pod: Pod) -> None:
 
 
 def test_stop_signals_then_kills(pod: Pod) -> None:
-    polite = pod.run("sh", "-c", "trap 'exit 4' TERM; while :; do sleep .1; done")
-    stubborn = pod.run("sh", "-c", "trap '' TERM; while :; do sleep .1; done")
-    time.sleep(0.5)
+    polite = pod.run("sh", "-c", "trap 'exit 4' TERM; echo ready; while :; do sleep .1; done")
+    stubborn = pod.run("sh", "-c", "trap '' TERM; echo ready; while :; do sleep .1; done")
+    logs = [Path(pod.status(container).log_path) for container in (polite, stubborn)]
+    # Without its trap, the first process of a PID namespace is deaf to the signal.
+    until(lambda: all(log_text(log) == "ready\n" for log in logs), "the traps are set")
     stop = pod.daemon.runtime.StopContainer
     stop(cri.StopContainerRequest(container_id=polite, timeout=30))
     assert pod.status(polite).exit_code == 4
@@ -116,10 +111,7 @@ def test_logs_keep_streams_apart_and_reopen(pod: Pod) -> None:
     script = "echo one; echo two >&2; while [ ! -e /go ]; do sleep .05; done; echo three; printf tail"
     container = pod.run("sh", "-c", script)
     path = Path(pod.status(container).log_path)
-    for _ in range(100):
-        if log_text(path) == "one\n" and log_text(path, "stderr") == "two\n":
-            break
-        time.sleep(0.05)
+    until(lambda: (log_text(path), log_text(path, "stderr")) == ("one\n", "two\n"), "both lines are there")
     old = path.with_suffix(".old")
     path.rename(old)
     pod.daemon.runtime.ReopenContainerLog(cri.ReopenContainerLogRequest(container_id=container))
@@ -237,10 +229,7 @@ def test_stop_and_remove_a_pod_with_running_containers(daemon: Daemon, tmp_path:
     pod = run_pod(daemon, tmp_path, "short", port_mappings=[cri.PortMapping(container_port=80)])
     container = pod.run("sh", "-c", "trap '' TERM; seq 1 5000; sleep 1000")
     runtime = daemon.runtime
-    for _ in range(200):
-        if log_text(Path(pod.status(container).log_path)):
-            break
-        time.sleep(0.02)
+    until(lambda: log_text(Path(pod.status(container).log_path)) != "", "it prints")
     for _ in range(2):
         runtime.StopPodSandbox(cri.StopPodSandboxRequest(pod_sandbox_id=pod.id))
     status = runtime.PodSandboxStatus(cri.PodSandboxStatusRequest(pod_sandbox_id=pod.id)).status

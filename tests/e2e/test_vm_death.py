@@ -79,9 +79,10 @@ def test_qemu_is_killed_under_many_containers(doomed: Pod) -> None:
     logs = [Path(pod.status(container).log_path) for container in writers]
     wait_until(lambda: all(log_text(log).endswith("end\n") for log in logs))
     # Calls on their way when it happens: each must come back, and not at the end of its own time.
-    running = runtime.ExecSync.future(cri.ExecSyncRequest(container_id=writers[0], cmd=["sleep", "1000"]))
+    running = runtime.ExecSync.future(cri.ExecSyncRequest(container_id=writers[0], cmd=["sleep", "1001"]))
     stopping = runtime.StopContainer.future(cri.StopContainerRequest(container_id=writers[1], timeout=1000))
-    time.sleep(0.5)
+    seen = ("sh", "-c", "ps -o args | grep '[s]leep 1001' || true")
+    wait_until(lambda: pod.execute(writers[0], *seen).stdout != b"")
     kill(vm_pids(pod.daemon, pod.id)["qemu-system-x86_64"])
     status = wait_dead(pod)
     assert "QEMU was killed" in json.loads(status.info["reason"])
