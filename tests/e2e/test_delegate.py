@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -235,6 +237,12 @@ def test_the_command_line_shows_both(node: Node, vm: Pod, host: Pod) -> None:
     assert {vm.id, host.id} <= listed.keys()
     assert container in {each["id"] for each in json.loads(node.command("ps", "--json"))}
     assert node.command("exec", "proxy/cli", "echo", "through the delegate").strip() == "through the delegate"
+    # A session with containerd's own streaming server, which knows no WebSocket v5.
+    argv = [sys.executable, "-m", "vmrt", "--socket", str(node.daemon.socket), "exec", "-i", "proxy/cli"]
+    done = subprocess.run(
+        [*argv, "sh", "-c", "cat; echo err >&2; exit 7"], input=b"in and out", capture_output=True, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == (b"in and out", b"err\n", 7)
     told = json.loads(node.command("inspect", host.id))
     assert told["kind"] == "sandbox"
     assert told["delegate"]["endpoint"] == f"unix://{node.containerd.socket}"

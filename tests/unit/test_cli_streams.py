@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from streaming_targets import FakeTargets
 
 from vmrt.cli import streams
-from vmrt.cli.connections import Tls
+from vmrt.cli.connections import NotSpokenError, Tls
 from vmrt.cli.interactive import PortPair
 from vmrt.config import StreamingConfig
 from vmrt.errors import UnavailableError, VmrtError
+from vmrt.streaming import spdy
 from vmrt.streaming.server import StreamServer
+from vmrt.streaming.spdy_session import SpdySession
+from vmrt.streaming.stream import PeerGoneError
 from vmrt.streaming.targets import ExecRequest, PortForwardRequest
 
 
@@ -44,19 +47,85 @@ def exec_url(server: StreamServer, name: str) -> str:
     return server.url(ExecRequest("c", (name,), False, True, True, False))
 
 
-async def test_output_and_exit_code(server: StreamServer, capfd: pytest.CaptureFixture[str]) -> None:
-    assert await joined(exec_url(server, "fail"), streams.Wanted(stdin=False, tty=False)) == 7
+@pytest.fixture(params=["WebSocket", "SPDY"])
+def over_spdy(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "SPDY")
+
+
+async def test_output_and_exit_code(server: StreamServer, over_spdy: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    nothing = streams.Wanted(stdin=False, tty=False)
+    url = exec_url(server, "fail")
+    assert await streams.run_process(url, nothing, Tls(), streams.Hooks(), over_spdy=over_spdy) == 7
     assert capfd.readouterr() == ("", "failing")
 
 
 async def test_stdin_and_its_end(
-    server: StreamServer, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: StreamServer, over_spdy: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pieces = [b"hello ", b"world", b""]
     monkeypatch.setattr(os, "read", lambda fd, size: pieces.pop(0))
     url = server.url(ExecRequest("c", ("cat",), True, True, True, False))
-    assert await joined(url, streams.Wanted(stdin=True, tty=False)) == 0
+    wanted = streams.Wanted(stdin=True, tty=False)
+    assert await streams.run_process(url, wanted, Tls(), streams.Hooks(), over_spdy=over_spdy) == 0
     assert capfd.readouterr() == ("hello world", "end of file")
+
+
+async def test_a_server_without_our_websocket_is_spoken_to_in_spdy(
+    server: StreamServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1") as older:
+        url = f"http://127.0.0.1:{older.sockets[0].getsockname()[1]}/exec/token"
+        nothing = streams.Wanted(stdin=False, tty=False)
+        with pytest.raises(NotSpokenError, match=r"does not speak v5\.channel\.k8s\.io"):
+            await asyncio.to_thread(streams.process, url, nothing)
+        again = exec_url(server, "fail")
+        assert await asyncio.to_thread(streams.process, url, nothing, None, None, lambda: again) == 7
+    assert capfd.readouterr() == ("", "failing")
+
+
+class Scripted:
+    """A transport on which everything comes at once, and then nothing more."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.sent = b""
+
+    async def read(self) -> bytes:
+        data, self._data = self._data, b""
+        return data
+
+    async def write(self, data: bytes) -> None:
+        self.sent += data
+
+    async def close(self) -> None: ...
+
+    async def hung_up(self) -> None:
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+async def test_what_came_before_a_reset_is_read_where_resets_end_sessions(lasting: bool) -> None:
+    """Go's servers reset all streams right after they have written the status."""
+    ours, theirs = spdy.Connection(client=True), spdy.Connection()
+    transport = Scripted(b"")
+    session = SpdySession(transport, ours)
+    stream = await session.open([("streamtype", "error")], lasting=lasting)
+    list(theirs.receive(transport.sent))
+    theirs.reply(stream.id)
+    theirs.send(stream.id, b"status")
+    theirs.reset(stream.id)
+    transport._data = theirs.take()
+    await session.run()
+    if lasting:
+        assert [await stream.read(), await stream.read()] == [b"status", b""]
+    else:
+        with pytest.raises(PeerGoneError):
+            await stream.read()
 
 
 async def test_failures_are_errors_with_the_servers_text(server: StreamServer) -> None:

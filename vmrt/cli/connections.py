@@ -21,6 +21,8 @@ from vmrt.streaming.stream import PeerGoneError, SocketTransport
 from vmrt.streaming.websocket import V5, WebSocket
 
 _CONNECT_TIMEOUT_S = 30.0
+# What servers answer to a WebSocket whose protocol they do not know: Bad Request, Forbidden, Upgrade Required.
+_NOT_SPOKEN = (400, 403, 426)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,10 @@ class Tls:
         except (OSError, ssl.SSLError) as e:
             raise ConfigError(f"cannot use the TLS files: {e}", resource=self.cert or self.ca) from e
         return context
+
+
+class NotSpokenError(UnavailableError):
+    """The streaming server does not speak the protocol that was asked for; the URL is used up."""
 
 
 async def _connected(url: str, tls: Tls) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -75,6 +81,8 @@ async def websocket(url: str, tls: Tls) -> AsyncIterator[WebSocket]:
                 raise UnavailableError("the daemon closed the connection", phase="stream")
             connection.receive_data(data)
         if isinstance(answer, events.RejectConnection):
+            if answer.status_code in _NOT_SPOKEN:
+                raise NotSpokenError(f"the streaming server does not speak {V5}: it answered {answer.status_code}")
             raise _refused(answer.status_code)
         yield WebSocket(transport, connection)
     except (PeerGoneError, RemoteProtocolError) as e:

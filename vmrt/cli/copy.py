@@ -119,8 +119,11 @@ class RemoteTar:
         said = bytearray()
         wanted: Wanted = Wanted(stdin_fd >= 0, False, stdin_fd=stdin_fd, stdout_fd=stdout_fd, collected=said)
         try:
-            url = self._daemon.call(self._daemon.runtime.Exec, request).url
-            status = process(url, wanted, tls_of(self._options), Hooks(checkpoint=self._checkpoint))
+
+            def url() -> str:
+                return self._daemon.call(self._daemon.runtime.Exec, request).url
+
+            status = process(url(), wanted, tls_of(self._options), Hooks(checkpoint=self._checkpoint), url)
         except VmrtError:
             self._check_for_tar()
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -43,13 +43,13 @@ def tls_of(options: Options) -> Tls:
     return Tls(options.tls_ca, options.tls_cert, options.tls_key)
 
 
-def join(options: Options, url: str, wanted: Wanted, left: str) -> int:
+def join(options: Options, url: Callable[[], str], wanted: Wanted, left: str) -> int:
     """Run a session with our stdio; return the exit code. Detaching says `left`, a signal's is 128 + its number."""
     from vmrt.cli.streams import Detached, Hooks, process
 
     try:
         with Signals() as signals:
-            return process(url, wanted, tls_of(options), Hooks(checkpoint=signals.check))
+            return process(url(), wanted, tls_of(options), Hooks(checkpoint=signals.check), url)
     except Detached:
         click.echo(f"\r\nvmrt: detached{left}", err=True)
         return 0
@@ -68,18 +68,21 @@ def exec_interactively(
 
     check_terminal(stdin, tty)
     keys = detach_octets(detach_keys, stdin=stdin, tty=tty)
-    with own_failure():
-        with Daemon(options) as daemon:
-            request = api_pb2.ExecRequest(
-                container_id=locate(daemon, container).id,
-                cmd=command,
-                stdin=stdin,
-                stdout=True,
-                stderr=not tty,
-                tty=tty,
-            )
-            url = daemon.call(daemon.runtime.Exec, request).url
-        return join(options, url, Wanted(stdin, tty, keys), "; the command goes on")
+    with own_failure(), Daemon(options) as daemon:
+        request = api_pb2.ExecRequest(
+            container_id=locate(daemon, container).id,
+            cmd=command,
+            stdin=stdin,
+            stdout=True,
+            stderr=not tty,
+            tty=tty,
+        )
+        return join(
+            options,
+            lambda: daemon.call(daemon.runtime.Exec, request).url,
+            Wanted(stdin, tty, keys),
+            "; the command goes on",
+        )
 
 
 @click.command(
@@ -115,17 +118,20 @@ def attach(options: Options, want_stdin: bool, want_tty: bool, detach_keys: str,
 
     check_terminal(want_stdin, want_tty)
     keys = detach_octets(detach_keys, stdin=want_stdin, tty=want_tty)
-    with own_failure():
-        with Daemon(options) as daemon:
-            request = api_pb2.AttachRequest(
-                container_id=locate(daemon, container).id,
-                stdin=want_stdin,
-                stdout=True,
-                stderr=not want_tty,
-                tty=want_tty,
-            )
-            url = daemon.call(daemon.runtime.Attach, request).url
-        status = join(options, url, Wanted(want_stdin, want_tty, keys), "; the container goes on")
+    with own_failure(), Daemon(options) as daemon:
+        request = api_pb2.AttachRequest(
+            container_id=locate(daemon, container).id,
+            stdin=want_stdin,
+            stdout=True,
+            stderr=not want_tty,
+            tty=want_tty,
+        )
+        status = join(
+            options,
+            lambda: daemon.call(daemon.runtime.Attach, request).url,
+            Wanted(want_stdin, want_tty, keys),
+            "; the container goes on",
+        )
     raise SystemExit(status)
 
 

@@ -1,4 +1,4 @@
-"""The command line's end of the streaming server: processes over WebSocket v5, port-forward over SPDY/3.1.
+"""The command line's end of the streaming server: processes over WebSocket v5, else SPDY/3.1; port-forward over SPDY.
 
 Rules: stdin is read by a thread, for files, pipes and terminals alike, and waits while the daemon takes nothing; the
 terminal is put back however a session ends, by a signal, too; Ctrl-C in raw mode belongs to the container's program.
@@ -13,15 +13,16 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from vmrt.cli.connections import Tls, spdy_session, websocket
+from vmrt.cli import spdy_process
+from vmrt.cli.connections import NotSpokenError, Tls, spdy_session, websocket
 from vmrt.errors import UnavailableError, VmrtError
 from vmrt.streaming.spdy_session import SpdySession
 from vmrt.streaming.stream import PeerGoneError, SocketTransport
-from vmrt.streaming.websocket import DETACHED, ERROR, RESIZE, STDERR, STDIN, STDOUT, WebSocket
+from vmrt.streaming.websocket import DETACHED, ERROR, RESIZE, STDERR, STDIN, STDOUT
 
 _READ = 32768
 _DETACH_TIMEOUT_S = 10.0
@@ -68,17 +69,57 @@ class Hooks:
 # --- exec and attach --------------------------------------------------------------------------------------------------
 
 
-def process(url: str, wanted: Wanted, tls: Tls | None = None, hooks: Hooks | None = None) -> int:
-    """Join a session's streams to ours; return the exit code. Raises `VmrtError`, `Detached` and what hooks raise."""
+class Channels(Protocol):
+    """What carries a session: a v5 WebSocket, or what speaks like one."""
+
+    def messages(self) -> AsyncIterator[tuple[bytes | str, bool]]:
+        """Yield (piece of a message, whether it is the last one) until the session ends."""
+        ...
+
+    async def send(self, data: bytes | str) -> None:
+        """Send one message. Raises `PeerGoneError`."""
+        ...
+
+    async def close(self, code: int = ..., reason: str = ...) -> None:
+        """End the session."""
+        ...
+
+
+def process(
+    url: str,
+    wanted: Wanted,
+    tls: Tls | None = None,
+    hooks: Hooks | None = None,
+    again: Callable[[], str] | None = None,
+) -> int:
+    """Join a session's streams to ours; return the exit code. Raises `VmrtError`, `Detached` and what hooks raise.
+
+    `again` returns another URL of the same session, to be used over SPDY where the server does not speak WebSocket v5:
+    a delegate's may not.
+    """
+    tls, hooks = tls or Tls(), hooks or Hooks()
     with _raw_terminal(wanted.stdin_fd) if wanted.tty and wanted.stdin else contextlib.nullcontext():
-        return asyncio.run(run_process(url, wanted, tls or Tls(), hooks or Hooks()))
+        try:
+            return asyncio.run(run_process(url, wanted, tls, hooks))
+        except NotSpokenError:
+            if again is None:
+                raise
+            return asyncio.run(run_process(again(), wanted, tls, hooks, over_spdy=True))
+
+
+@contextlib.asynccontextmanager
+async def _over_spdy(url: str, wanted: Wanted, tls: Tls) -> AsyncIterator[Channels]:
+    async with spdy_session(url, spdy_process.V4, tls) as session:
+        yield await spdy_process.opened(
+            session, stdin=wanted.stdin, stdout=wanted.stdout_fd >= 0, stderr=not wanted.tty, tty=wanted.tty
+        )
 
 
 @dataclass(slots=True)
 class _Session:
     """One session's tasks and what they tell each other."""
 
-    socket: WebSocket
+    socket: Channels
     wanted: Wanted
     hooks: Hooks
     opened: asyncio.Event = field(default_factory=asyncio.Event)
@@ -179,10 +220,10 @@ class _Session:
                 await asyncio.wait([work])
 
 
-async def run_process(url: str, wanted: Wanted, tls: Tls, hooks: Hooks) -> int:
+async def run_process(url: str, wanted: Wanted, tls: Tls, hooks: Hooks, *, over_spdy: bool = False) -> int:
     """Do what `process` does, but for the terminal's mode."""
     loop = asyncio.get_running_loop()
-    async with websocket(url, tls) as socket:
+    async with _over_spdy(url, wanted, tls) if over_spdy else websocket(url, tls) as socket:
         session = _Session(socket, wanted, hooks)
         work = asyncio.create_task(session.output())
         leaving = asyncio.create_task(session.detached.wait())

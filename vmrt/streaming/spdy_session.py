@@ -15,12 +15,16 @@ _OPENED_BOUND = 256
 
 
 class SpdyStream:
-    """One stream; `headers` are those that it was made with, names in lower case."""
+    """One stream; `headers` are those that it was made with, names in lower case.
 
-    def __init__(self, session: SpdySession, stream_id: int, headers: spdy.Headers) -> None:
+    What has come of a `lasting` one stays readable when the peer resets it: Go's servers end whole sessions so.
+    """
+
+    def __init__(self, session: SpdySession, stream_id: int, headers: spdy.Headers, *, lasting: bool = False) -> None:
         self.id = stream_id
         self.headers = dict(headers)
         self.inbox = Inbox(session.budget)
+        self.lasting = lasting
         self._session = session
 
     async def read(self) -> bytes:
@@ -75,7 +79,7 @@ class SpdySession:
             watching.cancel()
             self.gone.set()
             for stream in self._streams.values():
-                await stream.inbox.end(reset=True)
+                await stream.inbox.end(reset=not stream.lasting)
 
     async def _handle(self, event: spdy.Event) -> None:
         if isinstance(event, spdy.StreamOpened):
@@ -93,7 +97,7 @@ class SpdySession:
                 data = event.data if isinstance(event, spdy.DataReceived) else b""
                 await found.inbox.put(data, fin=event.fin)
         elif isinstance(event, spdy.StreamReset) and (found := self._streams.pop(event.stream_id, None)) is not None:
-            await found.inbox.end(reset=True)
+            await found.inbox.end(reset=not found.lasting)
 
     async def accept(self) -> SpdyStream:
         """Wait for a stream that the client makes; it is to be answered by `reply` or `reset`."""
@@ -104,9 +108,9 @@ class SpdySession:
         self._connection.reply(stream.id)
         await self._flush()
 
-    async def open(self, headers: spdy.Headers) -> SpdyStream:
+    async def open(self, headers: spdy.Headers, *, lasting: bool = False) -> SpdyStream:
         """Make a stream, as a client. Raises `PeerGoneError`."""
-        stream = SpdyStream(self, self._connection.open(headers), headers)
+        stream = SpdyStream(self, self._connection.open(headers), headers, lasting=lasting)
         self._streams[stream.id] = stream
         await self._flush()
         return stream
