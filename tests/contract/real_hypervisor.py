@@ -108,19 +108,25 @@ def loop_device(size_bytes: int) -> Iterator[tuple[Path, Path]]:
 
 
 def runs(vm_id: str) -> bool:
-    """Say whether a VM's QEMU runs: its console has been opened."""
-    return (root() / "vms" / vm_id / "console").exists()
+    """Say whether a VM's QEMU runs, known by the directory in its command line; a quiet guest shows nothing else."""
+    directory = os.fsencode(root() / "vms" / vm_id)
+    return any(b"qemu-system" in command and directory in command for _, command in _commands())
+
+
+def _commands() -> Iterator[tuple[str, bytes]]:
+    """Yield the pid and command line of every process."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield path.parent.name, path.read_bytes()
 
 
 def leftovers() -> list[str]:
     """Return the processes that name our root in their command line, and the files of VMs below it."""
     found = [str(path) for path in (root() / "vms").glob("*")]
     found += [str(path) for path in (root() / "libvirt" / "log" / "qemu").glob("*.log")]
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes()
-        except OSError:
-            continue
-        if os.fsencode(root()) in command and path.parent.name != str(os.getpid()):
-            found.append(command.replace(b"\0", b" ").decode(errors="replace"))
+    found += [
+        command.replace(b"\0", b" ").decode(errors="replace")
+        for pid, command in _commands()
+        if os.fsencode(root()) in command and pid != str(os.getpid())
+    ]
     return found

@@ -29,11 +29,11 @@ NO_ROOT = "rdinit=/absent root=/dev/absent"
 # What /init becomes in place of our agent. It cuts its words at blanks and knows no quotes; a kernel that starts init
 # itself takes the same words from its command line, and knows double quotes only.
 MUTE = "/usr/bin/python3 -c print('nobody\\x20home',flush=True);__import__('time').sleep(1000)"
-# Our agent, but the call that configures it for its pod crashes the kernel.
+# Our agent, but the call that configures it for its pod ends it, and with the first process the kernel.
 FAITHLESS = (
     "/usr/bin/python3 -I -S -B -X utf8 -c "
     "s=__import__('vmrt.agent.service',fromlist=['Service']);"
-    "s.Service.configure_sandbox=lambda*_:open('/proc/sysrq-trigger','w').write('c');"
+    "s.Service.configure_sandbox=lambda*_:__import__('os')._exit(7);"
     "__import__('runpy').run_module('vmrt.agent',run_name='__main__')"
 )
 
@@ -72,6 +72,10 @@ def broken_guest(target: Path, *, append: str = "", agent: str = "", kernel: byt
         image = dataclasses.replace(image, initramfs=other(image.initramfs, archive + cpio.archive([plan])))
     if kernel:
         image = dataclasses.replace(image, kernel=other(image.kernel, kernel))
+        if image.initramfs is None:
+            # QEMU looks more closely at a kernel that is to have one; without, it boots anything, and nothing comes.
+            (target / "initramfs.cpio").write_bytes(cpio.archive([]))
+            image = dataclasses.replace(image, initramfs=manifest.describe(target / "initramfs.cpio"))
     (target / manifest.FILE).write_text(manifest.dumps(image))
     return f'[handlers.{target.name}]\nguest = "{target}"\n'
 
