@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from bench import lifecycle, portforward, volumes
+from bench import density, lifecycle, lists, portforward, pull, volumes
 from bench.stand import Stage
 
-STAGES: tuple[Stage, ...] = (lifecycle.STAGE, portforward.STAGE, volumes.STAGE)
+STAGES: tuple[Stage, ...] = (
+    lifecycle.STAGE,
+    lists.LISTS,
+    lists.RECORDED,
+    density.STAGE,
+    pull.STAGE,
+    portforward.STAGE,
+    volumes.STAGE,
+)
