@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
+from vmrt import realtime
 from vmrt.errors import DeadlineError, ProcessError
 
 log = logging.getLogger(__name__)
@@ -62,22 +65,153 @@ def kill_group(pid: int, sig: int = signal.SIGKILL) -> None:
         os.killpg(pid, sig)
 
 
-async def _started(*args: str, **options: Any) -> asyncio.subprocess.Process:
-    """Start a child with a group of its own. Cancelled meanwhile, it kills the group before it lets the caller go.
+class Child:
+    """A started process that leads its own session: pipes as asyncio streams, and its end as something to wait for.
 
-    asyncio itself (3.11) would kill the child alone, and then wait for pipes that grandchildren keep open.
+    Not asyncio's own: the cancellation of its start waits for whoever holds the pipes, or leaves the child's status to
+    nobody. Here the start is one step, the end comes by a pidfd, and the process stays a zombie until `end`: its number
+    is its group's until then, so that killing the group can hit nobody else.
     """
-    starting = asyncio.ensure_future(asyncio.create_subprocess_exec(*args, start_new_session=True, **options))
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self._exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._transports: list[asyncio.ReadTransport | asyncio.WriteTransport] = []
+        self.pid = process.pid
+        self.stdin: asyncio.StreamWriter | None = None
+        self.stdout: asyncio.StreamReader | None = None
+        self.stderr: asyncio.StreamReader | None = None
+        self._pidfd = os.pidfd_open(process.pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit)
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, -n after a signal n; None while it runs."""
+        return self._exited.result() if self._exited.done() else None
+
+    async def wait(self) -> int:
+        """Wait for its end; return its status."""
+        return await asyncio.shield(self._exited)
+
+    async def connect(self) -> None:
+        """Make streams of its pipes."""
+        if self._process.stdin is not None:
+            loop = asyncio.get_running_loop()
+            transport, protocol = await loop.connect_write_pipe(
+                lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader()), self._process.stdin
+            )
+            self._transports.append(transport)
+            self.stdin = asyncio.StreamWriter(transport, protocol, None, loop)
+        self.stdout = await self._reader(self._process.stdout)
+        self.stderr = await self._reader(self._process.stderr)
+
+    async def _reader(self, pipe: IO[bytes] | None) -> asyncio.StreamReader | None:
+        if pipe is None:
+            return None
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), pipe
+        )
+        self._transports.append(transport)
+        return reader
+
+    def _on_exit(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if result is None:  # cannot be: the pidfd said that it has ended
+            self._exited.set_result(-signal.SIGKILL)
+        else:
+            self._exited.set_result(result.si_status if result.si_code == os.CLD_EXITED else -result.si_status)
+
+    async def end(self, *, kill: bool) -> None:
+        """Reap it and close the pipes; with `kill`, or when it still runs, its group is killed first.
+
+        Never cut short: a cancellation meanwhile is raised when it is done.
+        """
+        if kill or not self._exited.done():
+            kill_group(self.pid)
+        cancelled: asyncio.CancelledError | None = None
+        while not self._exited.done():
+            try:
+                await asyncio.shield(self._exited)
+            except asyncio.CancelledError as e:
+                cancelled = e
+        self._process.wait()
+        for transport in self._transports:
+            if not isinstance(transport, asyncio.WriteTransport):
+                transport.close()
+            elif not transport.is_closing() or transport.get_write_buffer_size():
+                # What is still to be written has no reader any more.
+                transport.abort()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
+        if cancelled is not None:
+            raise cancelled
+
+
+@contextlib.asynccontextmanager
+async def _started(
+    args: tuple[str, ...],
+    *,
+    stdin: int,
+    stdout: int,
+    env: Mapping[str, str] | None,
+    cwd: Path | None = None,
+    phase: str = "",
+    resource: str = "",
+) -> AsyncIterator[Child]:
+    """Run a child with a pipe on stderr; at the end of an unclean use its group is killed."""
     try:
-        return await asyncio.shield(starting)
-    except asyncio.CancelledError:
-        while not starting.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([starting])
-        if not starting.cancelled() and starting.exception() is None:
-            process = starting.result()
-            kill_group(process.pid)
-            await asyncio.shield(process.wait())
+        child = _start(args, stdin=stdin, stdout=stdout, env=env, cwd=cwd)
+    except OSError as e:
+        raise ProcessError(
+            f"cannot start {args[0]}: {e.strerror or e}",
+            argv=args,
+            phase=phase,
+            resource=resource,
+            hint="is it installed? `vmrt doctor` checks",
+        ) from e
+    kill = True
+    try:
+        await child.connect()
+        yield child
+        kill = False
+    finally:
+        await child.end(kill=kill)
+
+
+def _found(args: tuple[str, ...], env: Mapping[str, str] | None) -> tuple[str, ...]:
+    """Return a command with the path of its program, so that a missing one is known before the start."""
+    path = None if env is None else env.get("PATH", os.defpath)
+    program = shutil.which(args[0], path=path)
+    if program is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return (program, *args[1:])
+
+
+def _start(args: tuple[str, ...], *, stdin: int, stdout: int, env: Mapping[str, str] | None, cwd: Path | None) -> Child:
+    """Start a child; after a failure nothing of it is left."""
+    with realtime.hurried() as prefix:
+        process = subprocess.Popen(
+            (*prefix, *(args if not prefix else _found(args, env))),
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            env=None if env is None else dict(env),
+            cwd=cwd,
+            start_new_session=True,
+        )
+    try:
+        return Child(process)
+    except BaseException:
+        kill_group(process.pid)
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
         raise
 
 
@@ -99,43 +233,21 @@ async def run(
     """
     args = tuple(str(arg) for arg in argv)
     log.debug("run: %s", pasteable(args))
-    try:
-        process = await _started(
-            *args,
-            stdin=subprocess.DEVNULL if input_bytes is None else subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=None if env is None else dict(env),
-            cwd=cwd,
-        )
-    except OSError as e:
-        raise ProcessError(
-            f"cannot start {args[0]}: {e.strerror or e}",
-            argv=args,
-            phase=phase,
-            resource=resource,
-            hint="is it installed? `vmrt doctor` checks",
-        ) from e
-
-    async def feed() -> None:
-        if input_bytes is not None and process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                process.stdin.write(input_bytes)
-                await process.stdin.drain()
-            process.stdin.close()
-
-    try:
-        async with asyncio.timeout(timeout_s):
-            _, out, err = await asyncio.gather(
-                feed(), _drain(process.stdout, OUTPUT_LIMIT_BYTES), _drain(process.stderr, OUTPUT_LIMIT_BYTES)
-            )
-            status = await process.wait()
-    except TimeoutError as e:
-        raise DeadlineError(f"{args[0]} did not finish within {timeout_s:g} s", phase=phase, resource=resource) from e
-    finally:
-        if process.returncode is None:
-            kill_group(process.pid)
-            await asyncio.shield(process.wait())
+    stdin = subprocess.DEVNULL if input_bytes is None else subprocess.PIPE
+    async with _started(
+        args, stdin=stdin, stdout=subprocess.PIPE, env=env, cwd=cwd, phase=phase, resource=resource
+    ) as child:
+        try:
+            async with asyncio.timeout(timeout_s):
+                _, out, err = await asyncio.gather(
+                    _feed(child.stdin, input_bytes),
+                    _drain(child.stdout, OUTPUT_LIMIT_BYTES),
+                    _drain(child.stderr, OUTPUT_LIMIT_BYTES),
+                )
+                status = await child.wait()
+        except TimeoutError as e:
+            message = f"{args[0]} did not finish within {timeout_s:g} s"
+            raise DeadlineError(message, phase=phase, resource=resource) from e
     if check and status != 0:
         tail = err[-STDERR_TAIL_BYTES:].decode(errors="replace").strip()
         raise ProcessError(
@@ -149,29 +261,28 @@ async def run(
     return Completed(status, out, err)
 
 
+async def _feed(writer: asyncio.StreamWriter | None, data: bytes | None) -> None:
+    """Write it all and close; a child that does not want it is no error."""
+    if writer is not None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            writer.write(data or b"")
+            await writer.drain()
+        writer.close()
+
+
 @contextlib.asynccontextmanager
 async def piped(
     argv: Sequence[str | Path], *, stdout_fd: int | None = None, env: Mapping[str, str] | None = None
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run a child with pipes on stdin, stderr and (without `stdout_fd`) stdout; kill its group at the end."""
+) -> AsyncIterator[Child]:
+    """Run a child with pipes on stdin, stderr and (without `stdout_fd`) stdout; kill one that still runs at the end.
+
+    Its whole group is killed, also when the use of it fails.
+    """
     args = tuple(str(arg) for arg in argv)
     log.debug("pipe: %s", pasteable(args))
-    try:
-        process = await _started(
-            *args,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if stdout_fd is None else stdout_fd,
-            stderr=subprocess.PIPE,
-            env=None if env is None else dict(env),
-        )
-    except OSError as e:
-        raise ProcessError(f"cannot start {args[0]}: {e.strerror or e}", argv=args) from e
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            kill_group(process.pid)
-            await asyncio.shield(process.wait())
+    stdout = subprocess.PIPE if stdout_fd is None else stdout_fd
+    async with _started(args, stdin=subprocess.PIPE, stdout=stdout, env=env) as child:
+        yield child
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,15 +364,16 @@ def detached(
     log.debug("detach: %s", pasteable(args))
     sink = subprocess.DEVNULL if log_fd is None else log_fd
     try:
-        process = subprocess.Popen(
-            args,
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            env=None if env is None else dict(env),
-            pass_fds=tuple(pass_fds),
-            start_new_session=True,
-        )
+        with realtime.hurried() as prefix:
+            process = subprocess.Popen(
+                (*prefix, *(args if not prefix else _found(args, env))),
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                env=None if env is None else dict(env),
+                pass_fds=tuple(pass_fds),
+                start_new_session=True,
+            )
     except OSError as e:
         raise ProcessError(f"cannot start {args[0]}: {e.strerror or e}", argv=args) from e
     # Kept so that `identify` can reap it: an unreaped child would look alive for ever.

@@ -557,8 +557,8 @@ def test_broken_pipe_is_quiet(house: FakeDaemon) -> None:
     async def piped() -> tuple[int, bytes]:
         argv = [sys.executable, "-m", "vmrt", "--socket", str(house.socket), "pods"]
         async with spawn.piped(argv, stdout_fd=writer) as process:
-            _, stderr = await process.communicate()
-            return process.returncode or 0, stderr
+            assert process.stderr is not None
+            return await process.wait(), await process.stderr.read()
 
     try:
         status, stderr = asyncio.run(piped())

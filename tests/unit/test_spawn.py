@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -26,6 +27,12 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 def runs(pid: int) -> bool:
     return spawn.identify(pid) is not None
+
+
+def children() -> list[str]:
+    """The children of this process that are there, zombies too."""
+    threads = Path("/proc/self/task").iterdir()
+    return [pid for thread in threads for pid in (thread / "children").read_text().split()]
 
 
 async def pid_in(path: Path) -> int:
@@ -130,6 +137,77 @@ async def test_cancelling_run_while_it_starts_kills_the_whole_group_too(tmp_path
         await task
     grandchild = await pid_in(file)
     await eventually(lambda: not runs(grandchild))
+
+
+async def test_a_cancellation_at_any_moment_leaves_no_child_and_no_zombie(tmp_path: Path) -> None:
+    before = children()
+    for steps in range(30):
+        task = asyncio.create_task(spawn.run(["sleep", "1000"], input_bytes=b"x" * 100_000))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        # What nobody holds any more must not complain: an unreaped child, an open pipe.
+        gc.collect()
+        assert children() == before
+
+
+async def test_a_cancellation_does_not_wait_for_who_else_holds_the_pipes(tmp_path: Path) -> None:
+    # In a session of its own it is not killed with the group.
+    script = f"setsid sh -c 'echo $$ > {tmp_path}/pid; exec sleep 1000' & wait"
+    task = asyncio.create_task(spawn.run(["sh", "-c", script]))
+    holder = await pid_in(tmp_path / "pid")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert runs(holder)
+    os.kill(holder, signal.SIGKILL)
+
+
+async def test_a_time_out_kills_what_a_finished_child_left_holding_its_pipes(tmp_path: Path) -> None:
+    with pytest.raises(DeadlineError):
+        await spawn.run(["sh", "-c", f"sleep 1000 & echo $! > {tmp_path}/pid"], timeout_s=0.5)
+    left = await pid_in(tmp_path / "pid")
+    await eventually(lambda: not runs(left))
+
+
+async def test_a_clean_end_leaves_what_the_child_left(tmp_path: Path) -> None:
+    await spawn.run(["sh", "-c", f"sleep 1000 >/dev/null 2>&1 & echo $! > {tmp_path}/pid"])
+    left = await pid_in(tmp_path / "pid")
+    assert runs(left)
+    os.kill(left, signal.SIGKILL)
+
+
+async def test_a_second_cancellation_does_not_cut_the_reaping_short() -> None:
+    before = children()
+    task = asyncio.create_task(spawn.run(["sleep", "1000"]))
+    await eventually(lambda: children() != before)
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert children() == before
+
+
+async def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    async def use() -> None:
+        await spawn.run(["cat"], input_bytes=b"x")
+        with pytest.raises(ProcessError):
+            await spawn.run(["/no/such/program"])
+        with pytest.raises(DeadlineError):
+            await spawn.run(["sleep", "1000"], timeout_s=0.01)
+        async with spawn.piped(["cat"]):
+            pass
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    await use()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        await use()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 async def test_piped_gives_pipes_and_kills_on_exit() -> None:

@@ -291,7 +291,7 @@ async def _unzstd(blob: Blob, target: Path, stack: contextlib.AsyncExitStack) ->
     return read_fd
 
 
-async def _zstd_errors(process: asyncio.subprocess.Process) -> str:
+async def _zstd_errors(process: spawn.Child) -> str:
     text = await process.stderr.read(4096) if process.stderr is not None else b""
     return "" if await process.wait() == 0 else text.decode(errors="replace").strip() or "zstd failed"
 

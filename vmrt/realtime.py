@@ -1,0 +1,85 @@
+"""The event loop's thread ahead of the machine's load: lists are answered while thirty guests boot on two processors.
+
+The loop works for fractions of a millisecond and then sleeps, but on a busy machine it stands in the line of those who
+compute for seconds each time that it wakes. With SCHED_RR (sched(7)) it does not. Threads and processes that it makes
+are ordinary ones (SCHED_RESET_ON_FORK): QEMU, converters and plugins never have this priority. A loop that ran wild
+would be held to the 95 % of kernel.sched_rt_runtime_us; `vmrt.loop_monitor` watches for less than that.
+
+One exception: a child shares the parent's memory until it executes its program (vfork(2)), and the parent waits. In
+`hurried` the child inherits the priority, so that this takes no turn in the line; `ORDINARY` gives it up again, and it
+has to be put before the child's command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+_POLICY = os.SCHED_RR
+_PARAMETER = os.sched_param(1)
+# chrt(1), of the essential package util-linux.
+_CHRT = shutil.which("chrt")
+ORDINARY: tuple[str, ...] = () if _CHRT is None else (_CHRT, "--other", "0")
+
+_POLLER = "_poll_wrapper"
+_NATIVE = ("event_engine", "grpc_")
+
+# Native ids of the threads that have the priority.
+_threads: set[int] = set()
+
+
+def enter() -> str:
+    """Give the calling thread and those of grpc the priority; return why not, "" when it was given.
+
+    To be called in the loop's thread when the server is open. Workers, which convert images for seconds, stay ordinary.
+    """
+    if not ORDINARY:
+        return "chrt (util-linux) is not installed"
+    try:
+        for thread in (threading.get_native_id(), *servers()):
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(thread, _POLICY | os.SCHED_RESET_ON_FORK, _PARAMETER)
+                _threads.add(thread)
+    except OSError as e:
+        leave()
+        return e.strerror or str(e)
+    return ""
+
+
+def servers() -> list[int]:
+    """Return the native ids of the threads that carry requests to the loop: grpc's own, and grpc.aio's poller."""
+    found = [t.native_id for t in threading.enumerate() if _POLLER in t.name and t.native_id is not None]
+    for entry in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            if (entry / "comm").read_text().startswith(_NATIVE):
+                found.append(int(entry.name))
+    return found
+
+
+def leave() -> None:
+    """Take the priority back."""
+    while _threads:
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(_threads.pop(), os.SCHED_OTHER, os.sched_param(0))
+
+
+@contextlib.contextmanager
+def hurried() -> Iterator[tuple[str, ...]]:
+    """Let a child that is made here inherit the priority; yields what to put before its command."""
+    if threading.get_native_id() not in _threads:
+        yield ()
+        return
+    try:
+        os.sched_setscheduler(0, _POLICY, _PARAMETER)
+    except OSError:
+        # Taking SCHED_RESET_ON_FORK off needs CAP_SYS_NICE: without it the child takes its turn.
+        yield ()
+        return
+    try:
+        yield ORDINARY
+    finally:
+        os.sched_setscheduler(0, _POLICY | os.SCHED_RESET_ON_FORK, _PARAMETER)
