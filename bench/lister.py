@@ -21,7 +21,8 @@ def main(socket: str, *options: str) -> None:
     if "fifo" in options:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(2))
     with grpc.insecure_channel(f"unix:{socket}", options=[("grpc.enable_http_proxy", 0)]) as channel:
-        ask: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/runtime.v1.RuntimeService/ListPodSandbox")
+        method = "/runtime.v1.RuntimeService/ListPodSandbox"
+        ask: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
         ask(b"")
         while not select.select([sys.stdin], [], [], PERIOD_S)[0]:
             began = time.monotonic()

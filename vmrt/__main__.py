@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -16,13 +18,16 @@ from vmrt.config import Config
 
 log = logging.getLogger("vmrt")
 
+# Calls may take 30 s to undo what they have begun; systemd kills after 90.
+_STOP_LIMIT_S = 50.0
+
 
 def main() -> None:
     """Run the `vmrt` command line."""
     import vmrt.cli
     from vmrt.cli.app import cli
 
-    vmrt.cli.daemon = serve
+    vmrt.cli.daemon = serve_and_exit
     vmrt.cli.kvm_failure = kvm_failure
     cli(prog_name="vmrt")
 
@@ -46,7 +51,7 @@ async def serve(config: Config) -> None:
     # libvirt's embedded driver forks in this process to start QEMU; grpc's fork handlers abort that child.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     # Imported here so that the command line's other commands start without libvirt, pyroute2 and grpc.
-    from vmrt import guest_image
+    from vmrt import guest_image, realtime
     from vmrt.cri.server import CriServer
     from vmrt.errors import VmrtError
     from vmrt.hypervisor.libvirt_driver import LibvirtHypervisor
@@ -108,12 +113,32 @@ async def serve(config: Config) -> None:
         server = CriServer(config, pods, images, streams)
         stack.push_async_callback(server.close)
         await server.open()
-        log.info("vmrt %s serves CRI on %s (%s)", __version__, config.listen, hypervisor.accelerator)
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        # What was made until here stays: the collector need not go through it again and again, tens of milliseconds.
+        gc.collect()
+        gc.freeze()
+        if config.realtime and (why := realtime.enter()):
+            log.info("the event loop has no real-time priority: %s", why)
+        log.info("vmrt %s serves CRI on %s (%s)", __version__, config.listen, hypervisor.accelerator)
         await stop.wait()
         log.info("stopping; running pods go on")
+        realtime.leave()
+        # A thread that libvirt does not let go must not keep us: the next daemon settles what is left.
+        faulthandler.dump_traceback_later(_STOP_LIMIT_S, exit=True)
+
+
+async def serve_and_exit(config: Config) -> None:
+    """Run the daemon and end the process. Everything is closed by then; threads that libvirt holds are not waited for.
+
+    The interpreter would join them, in the loop's executor and again at its own exit.
+    """
+    await serve(config)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

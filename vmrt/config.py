@@ -50,6 +50,8 @@ class HypervisorConfig:
     qemu_group: str = "vmrt-qemu"
     qemu_binary: Path = Path("/usr/bin/qemu-system-x86_64")
     boot_timeout_s: float = 60.0
+    # How many boot side by side, the others wait their turn; 0: two for each processor.
+    boots_at_once: int = 0
     default_vcpus: int = 1
     default_memory_bytes: int = 512 * 1024**2
     overhead_memory_bytes: int = 96 * 1024**2
@@ -162,6 +164,8 @@ class Config:
     listen: str = f"unix://{DEFAULT_SOCKET}"
     guest_dir: str = ""
     max_container_log_line_bytes: int = 16 * 1024
+    # The event loop's thread runs ahead of the machine's load (vmrt/realtime.py).
+    realtime: bool = True
     hypervisor: HypervisorConfig = field(default_factory=HypervisorConfig)
     volumes: VolumesConfig = field(default_factory=VolumesConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -240,6 +244,7 @@ def check(config: Config) -> Config:
         ("volumes.empty_dir_bytes", config.volumes.empty_dir_bytes, 64 * 1024**2),
         ("volumes.mirror_limit_bytes", config.volumes.mirror_limit_bytes, 0),
         ("pool.size", config.pool.size, 0),
+        ("hypervisor.boots_at_once", config.hypervisor.boots_at_once, 0),
         ("pool.reserve_bytes", config.pool.reserve_bytes, 0),
         ("max_container_log_line_bytes", config.max_container_log_line_bytes, 64),
     ):

@@ -19,6 +19,13 @@ def test_phases_lie_where_they_ran() -> None:
     ]
     assert [row[1] for row in spans(WARM)] == [0.0, 40.0, 40.0, 0.0]
     assert spans({}) == []
+    waited = spans({"turn": 100.0, **COLD})
+    assert waited[:4] == [
+        ("turn", 0.0, 100.0),
+        ("disk and tap", 100.0, 110.0),
+        ("boot", 110.0, 190.0),
+        ("network", 100.0, 140.0),
+    ]
 
 
 def test_the_text_has_a_bar_for_each_phase_at_its_place() -> None:

@@ -1,7 +1,7 @@
 """`vmrt trace`: where a pod's start went, printed and drawn; phases that ran side by side are shown side by side.
 
-The order is RunPodSandbox's own (docs/performance.md): disk and tap, then boot, beside the network; then the join
-beside the guest's configuration. A pod from the warm pool has no disk and boot of its own.
+The order is RunPodSandbox's own (docs/performance.md): a turn among those who boot; disk and tap, then boot, beside the
+network; then the join beside the guest's configuration. A pod from the warm pool has no turn, disk and boot of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vmrt.errors import VmrtError
 _BAR = 40
 _WIDTH, _LEFT, _ROW, _GAP = 900, 190, 22, 8
 _COLOURS = {
+    "turn": "#ffd92f",
     "disk and tap": "#8da0cb",
     "boot": "#fc8d62",
     "network": "#66c2a5",
@@ -33,9 +34,17 @@ _COLOURS = {
 
 def spans(phases: Mapping[str, float]) -> list[tuple[str, float, float]]:
     """Return (phase, start, end) in milliseconds from the phases' durations."""
-    disk, boot, network = (phases.get(name, 0.0) for name in ("disk and tap", "boot", "network"))
-    met = max(disk + boot, network)
-    starts = {"disk and tap": 0.0, "boot": disk, "network": 0.0, "join": met, "configure": met, "total": 0.0}
+    turn, disk, boot, network = (phases.get(name, 0.0) for name in ("turn", "disk and tap", "boot", "network"))
+    met = turn + max(disk + boot, network)
+    starts = {
+        "turn": 0.0,
+        "disk and tap": turn,
+        "boot": turn + disk,
+        "network": turn,
+        "join": met,
+        "configure": met,
+        "total": 0.0,
+    }
     return [(name, starts[name], starts[name] + phases[name]) for name in starts if name in phases]
 
 

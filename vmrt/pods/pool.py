@@ -284,7 +284,8 @@ class Pool:
         try:
             table.store.put("pool", vm_id, record)
             try:
-                await pod_vm.make(table.config, table.hypervisor, table.network, spec, _untimed)
+                async with table.boots:
+                    await pod_vm.make(table.config, table.hypervisor, table.network, spec, _untimed)
                 agent = await _connected(table, vm_id)
                 ready = replace(record, ready=True)
                 table.store.put("pool", vm_id, ready)

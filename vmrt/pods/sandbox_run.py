@@ -153,9 +153,12 @@ async def _network(table: PodTable, live: LiveSandbox, mac: str, phases: Phases)
 
 
 async def _vm_and_network(table: PodTable, live: LiveSandbox, vm: VmSpec, phases: Phases) -> PodNetwork:
-    boot = pod_vm.make(table.config, table.hypervisor, table.network, vm, phases.phase)
-    _, made = await both(boot, _network(table, live, vm.mac, phases))
-    return made
+    async with contextlib.AsyncExitStack() as turn:
+        with phases.phase("turn"):
+            await turn.enter_async_context(table.boots)
+        boot = pod_vm.make(table.config, table.hypervisor, table.network, vm, phases.phase)
+        _, made = await both(boot, _network(table, live, vm.mac, phases))
+        return made
 
 
 async def both(first: Awaitable[None], second: Awaitable[T]) -> tuple[None, T]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -112,6 +113,8 @@ class PodTable:
         self.containers: dict[str, LiveContainer] = {}
         # Counts the changes of records, so that answers made of them can be kept until the next one.
         self.generation = 0
+        # Booting is the processors' work: more at once would only make each of them late, up to its deadline.
+        self.boots = asyncio.Semaphore(config.hypervisor.boots_at_once or 2 * (os.cpu_count() or 1))
         self.lifecycle = lifecycle.Lifecycle()
         self._sandbox_names: dict[str, str] = {}
         self.pool = Pool(self)
