@@ -421,6 +421,51 @@ def test_a_guest_with_disks_of_the_host_is_shut_down_when_no_container_runs(
     run(tmp_path, monkeypatch, test)
 
 
+def test_stops_publish_first_and_do_not_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        sandboxes = [await world.service.run_sandbox(replace(SANDBOX, uid=f"u{number}")) for number in range(12)]
+        for step in ("destroy", "teardown"):
+            world.gates[step] = asyncio.Event()
+        stops = [asyncio.create_task(world.service.stop_sandbox(sandbox)) for sandbox in sandboxes]
+        # Every stop is at both of its long steps at the same time.
+        for step in ("destroy", "teardown"):
+            while world.steps.count(step) < len(sandboxes):
+                await asyncio.sleep(0)
+        assert {record.state for record in world.service.sandboxes()} == {SandboxState.NOT_READY}
+        world.gates.pop("destroy").set()
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert not any(stop.done() for stop in stops), "the addresses are given back before a stop returns"
+        world.gates.pop("teardown").set()
+        await asyncio.gather(*stops)
+        assert world.net_host.pods == {}
+
+    run(tmp_path, monkeypatch, test)
+
+
+def test_boots_take_turns_and_stops_take_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        running = await world.service.run_sandbox(SANDBOX)
+        world.table.boots = asyncio.Semaphore(2)
+        world.gates["boot"] = asyncio.Event()
+        world.steps.clear()
+        specs = [replace(SANDBOX, uid=f"u{number}") for number in range(5)]
+        starts = [asyncio.create_task(world.service.run_sandbox(spec)) for spec in specs]
+        for _ in range(500):
+            await asyncio.sleep(0)
+        assert world.steps.count("boot") == 2
+        # One that waits can be given up, and leaves nothing; who waits keeps nobody else.
+        starts[-1].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starts.pop()
+        await world.service.remove_sandbox(running)
+        world.gates.pop("boot").set()
+        assert len(set(await asyncio.gather(*starts))) == 4
+        assert len(world.vm_host.vms) == 4
+
+    run(tmp_path, monkeypatch, test)
+
+
 def test_an_unforeseen_failure_of_the_guest_does_not_keep_a_sandbox_from_stopping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

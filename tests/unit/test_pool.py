@@ -296,7 +296,7 @@ async def test_the_next_daemon_uses_what_a_killed_one_left(machine: Machine) -> 
         assert {live.record.vm_id} == waiting
 
 
-@pytest.mark.parametrize("change", ["outdated", "off", "half-made", "dead"])
+@pytest.mark.parametrize("change", ["outdated", "settings", "off", "half-made", "dead"])
 async def test_the_next_daemon_removes_what_it_cannot_use(machine: Machine, change: str) -> None:
     async with machine.daemon(graceful=False) as table:
         await until(lambda: table.pool.waiting() == 1)
@@ -308,7 +308,10 @@ async def test_the_next_daemon_removes_what_it_cannot_use(machine: Machine, chan
         machine.guest_version = "2"
     if change == "dead":
         del machine.vms.vms[old]
-    async with machine.daemon(pool=PoolConfig(size=0 if change == "off" else 1)) as table:
+    changes: dict[str, Any] = {"pool": PoolConfig(size=0 if change == "off" else 1)}
+    if change == "settings":
+        changes["hypervisor"] = HypervisorConfig(scratch_bytes=128 * 1024**2, share=False)
+    async with machine.daemon(**changes) as table:
         assert old not in table.pool.vm_ids()
         assert old not in machine.vms.vms
         assert old not in scratch.vm_ids(machine.root)

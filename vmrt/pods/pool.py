@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmrt.agent_client import AgentClient
+from vmrt.config import HypervisorConfig
 from vmrt.errors import VmrtError
 from vmrt.model import GuestImage, VmSpec
 from vmrt.pods import pod_vm, sizing
@@ -59,6 +61,8 @@ class PoolRecord:
     mac: str
     created_ns: int
     ready: bool = False
+    # What `hypervisor` of the configuration was when it was made: "" by a version that did not keep it.
+    settings: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +73,12 @@ class Kind:
     guest: GuestImage
     vcpus: int
     memory_bytes: int
+    settings: str
 
     def covers(self, record: PoolRecord) -> bool:
         """Say whether a VM is of this kind."""
-        mine = (self.handler, self.guest.version, self.vcpus, self.memory_bytes)
-        return mine == (record.handler, record.guest_version, record.vcpus, record.memory_bytes)
+        mine = (self.handler, self.guest.version, self.vcpus, self.memory_bytes, self.settings)
+        return mine == (record.handler, record.guest_version, record.vcpus, record.memory_bytes, record.settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,11 @@ class WaitingVm:
 
     record: PoolRecord
     agent: AgentClient
+
+
+def settings_tag(config: HypervisorConfig) -> str:
+    """Return a hash of what a VM is made by: one that was made by other settings serves no pod of ours."""
+    return hashlib.sha256(repr(config).encode()).hexdigest()[:16]
 
 
 def available_bytes() -> int:
@@ -213,8 +223,9 @@ class Pool:
 
     def _kinds(self) -> list[Kind]:
         config = self._table.config
+        settings = settings_tag(config.hypervisor)
         return [
-            Kind(name, self._table.guest(name), *sizing.unasked(config.hypervisor, handler))
+            Kind(name, self._table.guest(name), *sizing.unasked(config.hypervisor, handler), settings)
             for name, handler in config.handlers.items()
         ]
 
@@ -269,6 +280,7 @@ class Pool:
             tap=pod_vm.tap_of(vm_id),
             mac=pod_vm.device_mac(),
             created_ns=time.time_ns(),
+            settings=kind.settings,
         )
         spec = VmSpec(
             vm_id=vm_id,
