@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Iterator
@@ -52,9 +53,10 @@ async def test_children_are_ordinary(entered: None, tmp_path: Path) -> None:
     while "SCHED_OTHER" not in (text := (tmp_path / "log").read_text()):
         assert "SCHED_RR" not in text
         assert spawn.alive(child)
+        await asyncio.sleep(0.01)
     spawn.terminate(child)
     while spawn.alive(child):
-        pass
+        await asyncio.sleep(0.01)
     assert os.sched_getscheduler(0) == os.SCHED_RR | os.SCHED_RESET_ON_FORK
 
 
