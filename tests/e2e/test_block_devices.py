@@ -161,3 +161,20 @@ def test_fsync_in_a_volume_reaches_the_hosts_disk(pod: Pod, tmp_path: Path) -> N
         assert (point / "file").read_text() == "kept\n"
     finally:
         subprocess.run(["umount", point], check=True)
+
+
+def test_deleted_files_give_the_scratch_disks_blocks_back(pod: Pod) -> None:
+    disk = pod.daemon.root / "scratch" / f"{inspected(pod)['id']}.img"
+
+    def used() -> int:
+        return disk.stat().st_blocks * 512
+
+    container = pod.run("sleep", "1000")
+    sh(pod, container, "sync")  # what other containers have written
+    before = used()
+    assert before < disk.stat().st_size // 10  # sparse
+    sh(pod, container, "dd if=/dev/zero of=/big bs=1M count=32 2>/dev/null; sync")
+    assert used() >= before + 30 * MIB
+    sh(pod, container, "rm /big; sync")
+    until(lambda: used() < before + 8 * MIB, "the discarded blocks")
+    pod.remove(container)
