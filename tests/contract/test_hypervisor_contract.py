@@ -268,7 +268,7 @@ async def test_a_vm_destroyed_while_it_boots(subject: Subject, hypervisor: Hyper
     boot = asyncio.create_task(hypervisor.boot(real.spec("one", mute(subject.guest))))
     async with asyncio.timeout(60):
         while not real.runs("one"):
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
     await hypervisor.destroy("one")
     with pytest.raises(VmError):
         await boot

@@ -189,7 +189,7 @@ async def first(hypervisor):
     mute = dataclasses.replace(real.real_guest(), cmdline=f"{real.real_guest().cmdline} {MUTE}")
     half = asyncio.create_task(hypervisor.boot(real.spec("two", mute)))
     while not real.runs("two"):
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
     print("booted", flush=True)
     await half
 
@@ -214,7 +214,7 @@ async def start_daemon(root: Path, which: str) -> tuple[asyncio.subprocess.Proce
     argv = [sys.executable, "-c", DAEMON, str(root), which]
     daemon = await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE)
     assert daemon.stdout is not None
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(110):  # the first one boots a VM, which may take a minute
         return daemon, await daemon.stdout.readline()
 
 
