@@ -5,6 +5,8 @@ Cases share pods where isolation is not what is tested: a VM costs more than all
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import grpc
 import pytest
 
 from demo.daemon import Daemon
-from tests.e2e.conftest import Pod, run_pod
+from tests.e2e.conftest import Pod, log_text, run_pod
 from vmrt.proto.runtime.v1 import api_pb2 as cri
 
 
@@ -80,6 +82,106 @@ def test_privileged_has_the_guests_devices(privileged: Pod) -> None:
     linux = container_linux(privileged=True)
     assert privileged.output("sh", "-c", script, linux=linux).split() == ["1", "2"]
     assert privileged.output("sh", "-c", "ls /dev/vda /dev/rtc0 2>/dev/null | wc -l").split() == ["0"]
+
+
+def test_cdi_device(pod: Pod, tmp_path: Path) -> None:
+    """A vendor's name becomes what the specification says; the status tells what was asked for."""
+    vendor = f"vmrt-e2e-{os.getpid()}.test"
+    (tmp_path / "library").write_text("of the vendor")
+    edits = {
+        "env": ["VENDOR=yes"],
+        "deviceNodes": [{"path": "/dev/vendor0", "hostPath": "/dev/fuse"}],
+        "mounts": [{"hostPath": str(tmp_path), "containerPath": "/vendor", "options": ["ro"]}],
+    }
+    specification = {
+        "cdiVersion": "0.6.0",
+        "kind": f"{vendor}/accelerator",
+        "devices": [
+            {"name": "0", "containerEdits": edits},
+            {"name": "h", "containerEdits": {"hooks": [{"path": "/x"}]}},
+        ],
+    }
+    directory = Path("/var/run/cdi")
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{vendor}.json"
+    path.write_text(json.dumps(specification))
+    try:
+        script = "echo $VENDOR; stat -c '%t:%T' /dev/vendor0; cat /vendor/library; touch /vendor/x || echo read-only"
+        name = cri.CDIDevice(name=f"{vendor}/accelerator=0")
+        container = pod.run("sh", "-c", script, CDI_devices=[name])
+        status = pod.wait(container)
+        assert log_text(Path(status.log_path)).splitlines() == ["yes", "a:e5", "of the vendorread-only"]
+        assert not status.mounts
+        pod.remove(container)
+        told = pod.output("sh", "-c", "echo $VENDOR", annotations={"cdi.k8s.io/test": name.name})
+        assert told.split() == ["yes"]
+        hooks = cri.CDIDevice(name=f"{vendor}/accelerator=h")
+        assert "wants hooks, which act on the host's kernel" in refused(pod, CDI_devices=[hooks])
+    finally:
+        path.unlink()
+    assert f"no CDI specification defines the device '{vendor}/accelerator=0'" in refused(pod, CDI_devices=[name])
+
+
+# --- AppArmor ---------------------------------------------------------------------------------------------------------
+
+RUNTIME_DEFAULT = cri.SecurityProfile(profile_type=cri.SecurityProfile.RuntimeDefault)
+
+
+@pytest.fixture(scope="module")
+def host_profile() -> Iterator[str]:
+    """A profile in the host's /etc/apparmor.d, for no longer than the tests take."""
+    name = f"vmrt-e2e-{os.getpid()}"
+    path = Path("/etc/apparmor.d") / name
+    path.write_text(f"profile {name} flags=(attach_disconnected) {{ file, capability, deny /tmp/** w, }}\n")
+    yield name
+    path.unlink()
+
+
+def localhost(name: str) -> cri.SecurityProfile:
+    return cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost, localhost_ref=name)
+
+
+def test_apparmor_by_default(pod: Pod) -> None:
+    add = cri.Capability(add_capabilities=["SYS_ADMIN"])
+    script = """
+        cat /proc/self/attr/current
+        echo x > /tmp/file && cat /tmp/file && sh -c 'kill -0 $$'
+        mount -t tmpfs none /mnt 2>&1 | grep -o 'Permission denied'
+        (echo 1 > /proc/sys/kernel/printk_delay) 2>&1 | grep -o 'Permission denied'
+    """
+    linux = container_linux(apparmor=RUNTIME_DEFAULT, capabilities=add)
+    told = pod.output("sh", "-c", script, linux=linux).splitlines()
+    assert told == ["vmrt-default (enforce)", "x", "Permission denied", "Permission denied"]
+
+
+def test_apparmor_holds_what_is_executed_later(pod: Pod) -> None:
+    container = pod.run("sleep", "1000", linux=container_linux(apparmor_profile="runtime/default"))
+    assert pod.execute(container, "cat", "/proc/self/attr/current").stdout == b"vmrt-default (enforce)\n"
+    pod.remove(container)
+
+
+def test_apparmor_profile_of_the_host(pod: Pod, host_profile: str) -> None:
+    script = (
+        "cat /proc/self/attr/current; touch /tmp/foo 2>&1 | grep -o 'Permission denied'; touch /foo && echo elsewhere"
+    )
+    told = pod.output("sh", "-c", script, linux=container_linux(apparmor=localhost(f"localhost/{host_profile}")))
+    assert told.splitlines() == [f"{host_profile} (enforce)", "Permission denied", "elsewhere"]
+    # The new field wins over the deprecated one.
+    both = container_linux(apparmor=localhost(host_profile), apparmor_profile="localhost/no-such")
+    assert pod.output("cat", "/proc/self/attr/current", linux=both).split()[0] == host_profile
+
+
+def test_apparmor_unconfined_and_absent(pod: Pod) -> None:
+    assert "the AppArmor profile 'no-such' is not on this node" in refused(
+        pod, linux=container_linux(apparmor_profile="localhost/no-such")
+    )
+    unconfined = cri.SecurityProfile(profile_type=cri.SecurityProfile.Unconfined)
+    assert pod.output("cat", "/proc/self/attr/current", linux=container_linux(apparmor=unconfined)) == "unconfined\n"
+
+
+def test_privileged_ignores_apparmor(privileged: Pod) -> None:
+    linux = container_linux(privileged=True, apparmor=localhost("no-such"))
+    assert privileged.output("cat", "/proc/self/attr/current", linux=linux) == "unconfined\n"
 
 
 # --- user namespaces --------------------------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ def test_any_container_request(request: cri.CreateContainerRequest, named: bool,
         request.config.image.image = "i"
         for device in request.config.devices:
             device.permissions = "rw"
-        request.config.ClearField("CDI_devices")
+        for cdi_device in request.config.CDI_devices:
+            cdi_device.name = "vendor.com/class=name"
     sandbox = SandboxSpec(name="p", uid="u", namespace="n", security=SecurityContext(privileged=privileged))
     try:
         spec = specs.container_spec(request.config, sandbox)

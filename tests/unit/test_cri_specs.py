@@ -203,12 +203,6 @@ def _pod_userns(config: cri.PodSandboxConfig) -> cri.UserNamespace:
         (_sandbox_change(f"{CONTEXT}.selinux_options.level", "s0"), "selinux_options.level is set"),
         (_sandbox_change(f"{CONTEXT}.apparmor.profile_type", 2), "localhost_ref is empty"),
         (
-            lambda c: c.linux.security_context.apparmor.MergeFrom(
-                cri.SecurityProfile(profile_type=cri.SecurityProfile.Localhost, localhost_ref="localhost/x")
-            ),
-            "apparmor.profile_type names a profile of the host",
-        ),
-        (
             lambda c: _map_users(c, pid=cri.NODE),
             "namespace_options.pid is NODE in a pod with a user namespace",
         ),
@@ -487,7 +481,16 @@ def test_deprecated_seccomp_spelling(old: str, kind: ProfileType | None) -> None
             "config.devices[0].host_path is 'kvm', not an absolute",
             InvalidArgumentError,
         ),
-        (lambda c: c.CDI_devices.add(name="a.b/c=d"), "config.CDI_devices is not empty", UnsupportedError),
+        (
+            lambda c: c.CDI_devices.add(name="a.b/c"),
+            "config.CDI_devices[0].name is 'a.b/c', not a CDI device",
+            InvalidArgumentError,
+        ),
+        (
+            lambda c: c.annotations.update({"cdi.k8s.io/gpu": "a.b/c=d,"}),
+            "config.annotations['cdi.k8s.io/gpu'] is '', not a CDI device",
+            InvalidArgumentError,
+        ),
         (lambda c: setattr(c, "log_path", "/abs"), "config.log_path is '/abs', not a relative", InvalidArgumentError),
         (lambda c: setattr(c, "log_path", "../x"), "config.log_path is '../x'; '..'", InvalidArgumentError),
         (lambda c: setattr(c, "working_dir", "srv"), "config.working_dir is 'srv'", InvalidArgumentError),
@@ -545,9 +548,9 @@ def test_deprecated_seccomp_spelling(old: str, kind: ProfileType | None) -> None
             InvalidArgumentError,
         ),
         (
-            lambda c: setattr(c.linux.security_context, "apparmor_profile", "localhost/x"),
-            "apparmor_profile names a profile of the host",
-            UnsupportedError,
+            lambda c: setattr(c.linux.security_context, "apparmor_profile", "my-profile"),
+            "apparmor_profile is 'my-profile', which names no profile",
+            InvalidArgumentError,
         ),
     ],
 )

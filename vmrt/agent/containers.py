@@ -196,6 +196,10 @@ class Containers:
         )
         self._add_devices(container.spec, request, deadline)
         self.crun.know_filter(container.spec)
+        if request.HasField("apparmor"):
+            from vmrt.agent import apparmor
+
+            apparmor.load(request.apparmor.profile, request.apparmor.policy)
         _write_json(f"{container.directory}/config.json", container.spec)
         container.tty = bool(container.spec["process"].get("terminal"))
         container.stdin_once = request.stdin_once

@@ -274,10 +274,5 @@ def _apparmor(
     context: cri.LinuxSandboxSecurityContext | cri.LinuxContainerSecurityContext, old: str, path: str
 ) -> SecurityProfile | None:
     if context.HasField("apparmor"):
-        profile: SecurityProfile | None = _profile(context.apparmor, f"{path}.apparmor")
-        where = f"{path}.apparmor.profile_type"
-    else:
-        profile, where = _old_profile(old, f"{path}.apparmor_profile"), f"{path}.apparmor_profile"
-    if profile is not None and profile.type is ProfileType.LOCALHOST:
-        unsupported(where, "names a profile of the host, which the guest's kernel does not have")
-    return profile
+        return _profile(context.apparmor, f"{path}.apparmor")
+    return _old_profile(old, f"{path}.apparmor_profile")

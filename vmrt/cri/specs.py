@@ -72,6 +72,7 @@ _SYSCTL = re.compile(r"[A-Za-z0-9_-]+([./][A-Za-z0-9_-]+)+")
 _CPU_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 _PAGE_SIZE = re.compile(r"\d{1,6}[KMGT]B")
 _CGROUP_FILE = re.compile(r"[a-z0-9_]+(\.[A-Za-z0-9_]+)+")
+_CDI_NAME = re.compile(r"[A-Za-z][\w.-]*/[A-Za-z][\w.-]*=[A-Za-z0-9][\w.:-]*", re.ASCII)
 _PERIOD_US = (1_000, 1_000_000)  # cgroup v2 cpu.max
 _INT64_MAX = 2**63 - 1
 
@@ -112,8 +113,6 @@ def container_spec(config: cri.ContainerConfig, sandbox: SandboxSpec) -> Contain
     """Translate CreateContainer's request; `sandbox` is what the pod was made of."""
     if not config.HasField("metadata"):
         refuse("config.metadata", "is missing")
-    if config.CDI_devices:
-        unsupported("config.CDI_devices", "is not empty; vmrt passes no host devices yet")
     return ContainerSpec(
         name=fields.name(config.metadata.name, "config.metadata.name"),
         attempt=config.metadata.attempt,
@@ -125,6 +124,7 @@ def container_spec(config: cri.ContainerConfig, sandbox: SandboxSpec) -> Contain
         envs=_envs(config.envs, "config.envs"),
         mounts=_mounts(config.mounts, "config.mounts"),
         devices=_devices(config.devices, "config.devices"),
+        cdi_devices=_cdi_devices(config),
         labels=fields.mapping(config.labels, "config.labels"),
         annotations=fields.mapping(config.annotations, "config.annotations"),
         log_path=fields.relative_path(config.log_path, "config.log_path"),
@@ -295,6 +295,19 @@ def _mappings(mount: cri.Mount, path: str) -> tuple[tuple[IdMapping, ...], tuple
 def _devices(devices: Sequence[cri.Device], path: str) -> tuple[Device, ...]:
     fields.few(devices, path, 256)
     return tuple(_device(device, f"{path}[{index}]") for index, device in enumerate(devices))
+
+
+def _cdi_devices(config: cri.ContainerConfig) -> tuple[str, ...]:
+    """Return the names of the field and of the annotations that came before it, each once."""
+    fields.few(config.CDI_devices, "config.CDI_devices", 256)
+    names = [(device.name, f"config.CDI_devices[{index}].name") for index, device in enumerate(config.CDI_devices)]
+    for key, value in sorted(config.annotations.items()):
+        if key.startswith("cdi.k8s.io/"):
+            names += [(name.strip(), f"config.annotations[{fields.short(key)}]") for name in value.split(",")]
+    for name, path in names:
+        if not _CDI_NAME.fullmatch(fields.text(name, path, limit=512)):
+            refuse(path, f"is {fields.short(name)}, not a CDI device as in 'vendor.com/class=name'")
+    return tuple(dict.fromkeys(name for name, _ in names))
 
 
 def _device(device: cri.Device, path: str) -> Device:

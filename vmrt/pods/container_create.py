@@ -28,7 +28,18 @@ from vmrt.model import (
     ProfileType,
     SupplementalGroupsPolicy,
 )
-from vmrt.pods import block_devices, container_mounts, devices, guest_volumes, image_volumes, oci, seccomp, volumes
+from vmrt.pods import (
+    apparmor,
+    block_devices,
+    cdi,
+    container_mounts,
+    devices,
+    guest_volumes,
+    image_volumes,
+    oci,
+    seccomp,
+    volumes,
+)
 from vmrt.pods.block_device import BlockDevice
 from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import finish
@@ -59,8 +70,11 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
     if image is None:
         raise NotFoundError(f"the image {spec.image!r} is not on this node", hint="pull or load it first")
     volume_images = image_volumes.find(table.images, spec.mounts)
-    devices_ = await asyncio.to_thread(block_devices.plan, spec.devices)
-    plan = await asyncio.to_thread(guest_volumes.plan, spec.mounts, table.config.volumes)
+    # With what its CDI devices add; the record, and so the status, has what was asked for.
+    full = await asyncio.to_thread(cdi.applied, spec) if spec.cdi_devices else spec
+    policy = await apparmor.policy(spec.security)
+    devices_ = await asyncio.to_thread(block_devices.plan, full.devices)
+    plan = await asyncio.to_thread(guest_volumes.plan, full.mounts, table.config.volumes)
     blocks = (*devices_, *container_mounts.blocks_of(plan))
     container_id = secrets.token_hex(32)
     live = table.add_container(
@@ -85,12 +99,12 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
             for image_id in {image.id, *(volume.id for volume in volume_images.values())}:
                 table.images.retain(image_id, container_id)
             await block_devices.attach(table, sandbox, blocks)
-            prepared = await container_mounts.prepare(table, sandbox, container_id, spec.mounts, plan)
+            prepared = await container_mounts.prepare(table, sandbox, container_id, full.mounts, plan)
             prepared = container_mounts.Prepared(
                 prepared.bound + image_volumes.bound(volume_images, spec.mounts, container_id),
                 (*prepared.storages, *image_volumes.storages(volume_images, spec.mounts)),
             )
-            request = _request(table, sandbox, live.record, image, prepared, devices_)
+            request = _request(table, sandbox, live.record, full, image, prepared, devices_, policy)
             agent = sandbox.need_agent()
             layers = [layer for each in (image, *volume_images.values()) for layer in each.layers]
             await attach_layers(table, sandbox, layers)
@@ -161,11 +175,12 @@ def _request(
     table: PodTable,
     sandbox: LiveSandbox,
     record: ContainerRecord,
+    spec: ContainerSpec,
     image: Image,
     prepared: container_mounts.Prepared,
     blocks: tuple[BlockDevice, ...],
+    policy: apparmor.Policy | None,
 ) -> pb.CreateContainerRequest:
-    spec = record.spec
     security = spec.security
     profile = None
     if security.seccomp is not None and security.seccomp.type is not ProfileType.UNCONFINED and not security.privileged:
@@ -178,6 +193,7 @@ def _request(
         hostname=hostname_of(sandbox.record.spec),
         mounts=prepared.bound,
         seccomp=profile,
+        apparmor=policy.name if policy is not None else "",
     )
     user = pb.User(
         username=security.run_as_username,
@@ -203,6 +219,7 @@ def _request(
         join_pid_namespace_of=target.target_id if target.pid is NamespaceMode.TARGET else "",
         devices=devices.nodes(spec.devices, {block.index: block.serial for block in blocks}),
         all_devices=security.privileged,
+        apparmor=pb.AppArmorPolicy(profile=policy.name, policy=policy.binary) if policy is not None else None,
     )
 
 

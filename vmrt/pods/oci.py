@@ -214,10 +214,12 @@ def build(
     hostname: str,
     mounts: Sequence[BoundMount] = (),
     seccomp: Mapping[str, Any] | None = None,
+    apparmor: str = "",
 ) -> dict[str, Any]:
     """Return the OCI configuration as a JSON-able object.
 
-    `hostname` is the pod's; `mounts` the container's volumes as the guest sees them; `seccomp` a resolved profile.
+    `hostname` is the pod's; `mounts` the container's volumes as the guest sees them; `seccomp` a resolved profile,
+    `apparmor` the name of one.
     Raises `InvalidArgumentError` naming the field for what cannot be.
     """
     security = spec.security
@@ -268,6 +270,8 @@ def build(
         "noNewPrivileges": security.no_new_privs,
         "oomScoreAdj": spec.resources.oom_score_adj,
     }
+    if apparmor:
+        process["apparmorProfile"] = apparmor
     return {
         "ociVersion": OCI_VERSION,
         "process": process,
