@@ -122,6 +122,106 @@ def test_cdi_device(pod: Pod, tmp_path: Path) -> None:
     assert f"no CDI specification defines the device '{vendor}/accelerator=0'" in refused(pod, CDI_devices=[name])
 
 
+# --- limits and the rest ----------------------------------------------------------------------------------------------
+
+
+CASES: dict[str, tuple[dict[str, object], dict[str, object], str, str]] = {
+    # name: (security context, resources, script, what it says)
+    "ambient capabilities": (
+        {
+            "run_as_user": cri.Int64Value(value=1000),
+            "capabilities": cri.Capability(add_ambient_capabilities=["NET_BIND_SERVICE"]),
+        },
+        {},
+        "grep CapAmb /proc/self/status; grep CapEff /proc/self/status",
+        "CapAmb:\t0000000000000400\nCapEff:\t0000000000000400\n",
+    ),
+    "no capabilities": (
+        {"capabilities": cri.Capability(drop_capabilities=["ALL"])},
+        {},
+        "grep -E 'Cap(Eff|Bnd)' /proc/self/status",
+        "CapEff:\t0000000000000000\nCapBnd:\t0000000000000000\n",
+    ),
+    "rlimits": ({}, {}, "ulimit -n; ulimit -Hn; ulimit -u", "1024\n524288\nunlimited\n"),
+    "OOM score": ({}, {"oom_score_adj": -997}, "cat /proc/self/oom_score_adj", "-997\n"),
+    "unified": (
+        {},
+        {"unified": {"pids.max": "77", "memory.oom.group": "1"}},
+        "cat /sys/fs/cgroup/pids.max /sys/fs/cgroup/memory.oom.group",
+        "77\n1\n",
+    ),
+    "no swap": (
+        {},
+        {"memory_limit_in_bytes": 64 << 20, "memory_swap_limit_in_bytes": 64 << 20},
+        "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory.swap.max",
+        "67108864\n0\n",
+    ),
+    "CPU": (
+        {},
+        {"cpu_period": 100_000, "cpu_quota": 50_000, "cpu_shares": 1024},
+        "cat /sys/fs/cgroup/cpu.max",
+        "50000 100000\n",
+    ),
+    "huge pages": (
+        {},
+        {"hugepage_limits": [cri.HugepageLimit(page_size="2MB", limit=4 << 20)]},
+        "cat /sys/fs/cgroup/hugetlb.2MB.max; cat /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
+        "4194304\n2\n",
+    ),
+    "masked and read-only paths": (
+        {"masked_paths": ["/etc/passwd", "/usr"], "readonly_paths": ["/tmp"]},
+        {},
+        "wc -c < /etc/passwd; ls -A /usr | wc -l; touch /tmp/x 2>&1 | grep -o 'Read-only file system'",
+        "0\n0\nRead-only file system\n",
+    ),
+    "no new privileges": (
+        {"no_new_privs": True},
+        {},
+        "grep NoNewPrivs /proc/self/status",
+        "NoNewPrivs:\t1\n",
+    ),
+    "strict groups": (
+        {
+            "run_as_username": "nobody",
+            "supplemental_groups": [5, 6],
+            "supplemental_groups_policy": cri.Strict,
+        },
+        {},
+        "id -G",
+        "65534 5 6\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_container_gets_what_it_asks_for(pod: Pod, name: str) -> None:
+    context, resources, script, told = CASES[name]
+    linux = container_linux(**context)
+    linux.resources.MergeFrom(cri.LinuxContainerResources(**resources))  # type: ignore[arg-type]
+    assert pod.output("sh", "-c", script, linux=linux) == told
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        (
+            cri.LinuxContainerResources(hugepage_limits=[cri.HugepageLimit(page_size="2MB", limit=1 << 40)]),
+            "hugepage_limits: the VM has room for",
+        ),
+        (
+            cri.LinuxContainerResources(hugepage_limits=[cri.HugepageLimit(page_size="16MB", limit=1 << 24)]),
+            "hugepage_limits: the guest has no huge pages of 16MB",
+        ),
+        (cri.LinuxContainerResources(unified={"memory.nonsense": "1"}), "memory.nonsense"),
+        (cri.LinuxContainerResources(unified={"pids.max": "many"}), "pids.max"),
+    ],
+)
+def test_limits_that_cannot_be(pod: Pod, resources: cri.LinuxContainerResources, message: str) -> None:
+    linux = container_linux()
+    linux.resources.CopyFrom(resources)
+    assert message in refused(pod, linux=linux)
+
+
 # --- AppArmor ---------------------------------------------------------------------------------------------------------
 
 RUNTIME_DEFAULT = cri.SecurityProfile(profile_type=cri.SecurityProfile.RuntimeDefault)

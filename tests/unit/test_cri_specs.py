@@ -501,6 +501,18 @@ def test_deprecated_seccomp_spelling(old: str, kind: ProfileType | None) -> None
             InvalidArgumentError,
         ),
         (
+            lambda c: setattr(c.linux.resources, "memory_swap_limit_in_bytes", 5),
+            "config.linux.resources.memory_swap_limit_in_bytes is set without memory_limit_in_bytes",
+            InvalidArgumentError,
+        ),
+        (
+            lambda c: c.linux.resources.MergeFrom(
+                cri.LinuxContainerResources(memory_limit_in_bytes=6, memory_swap_limit_in_bytes=5)
+            ),
+            "config.linux.resources.memory_swap_limit_in_bytes is 5, below memory 6",
+            InvalidArgumentError,
+        ),
+        (
             lambda c: setattr(c.linux.resources, "cpuset_cpus", "0-"),
             "config.linux.resources.cpuset_cpus is '0-'",
             InvalidArgumentError,

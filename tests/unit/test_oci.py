@@ -169,3 +169,11 @@ def test_a_pod_with_a_user_namespace_has_its_own_of_all() -> None:
         entry["type"]
         for entry in build()["linux"]["namespaces"]  # type: ignore[index]
     )
+
+
+def test_limits_that_cri_has_no_field_for() -> None:
+    rlimits = build()["process"]["rlimits"]  # type: ignore[index]
+    assert {limit["type"]: (limit["soft"], limit["hard"]) for limit in rlimits} == {
+        "RLIMIT_NOFILE": (1024, 524288),
+        "RLIMIT_NPROC": (2**64 - 1, 2**64 - 1),
+    }

@@ -196,6 +196,10 @@ class Containers:
         )
         self._add_devices(container.spec, request, deadline)
         self.crun.know_filter(container.spec)
+        if "hugepageLimits" in container.spec["linux"].get("resources", {}):
+            from vmrt.agent import hugepages
+
+            hugepages.reserve(container.spec, undo)
         if request.HasField("apparmor"):
             from vmrt.agent import apparmor
 

@@ -131,7 +131,7 @@ def container_spec(config: cri.ContainerConfig, sandbox: SandboxSpec) -> Contain
         stdin=config.stdin,
         stdin_once=config.stdin_once,
         tty=config.tty,
-        resources=resources(config.linux.resources, "config.linux.resources"),
+        resources=_container_resources(config.linux.resources, "config.linux.resources"),
         security=container_security(config.linux.security_context, "config.linux.security_context", sandbox.security),
         stop_signal=_stop_signal(config.stop_signal, "config.stop_signal"),
     )
@@ -183,6 +183,16 @@ def resources(limits: cri.LinuxContainerResources, path: str) -> LinuxResources:
         unified=dict(limits.unified),
         memory_swap_limit_bytes=limits.memory_swap_limit_in_bytes,
     )
+
+
+def _container_resources(limits: cri.LinuxContainerResources, path: str) -> LinuxResources:
+    """Translate a container's first limits, which are whole: an update's are merged with these before such checks."""
+    memory, swap = limits.memory_limit_in_bytes, limits.memory_swap_limit_in_bytes
+    if swap > 0 and not memory:
+        refuse(f"{path}.memory_swap_limit_in_bytes", "is set without memory_limit_in_bytes: it limits both together")
+    if 0 < swap < memory:
+        refuse(f"{path}.memory_swap_limit_in_bytes", f"is {swap}, below memory {memory}: it limits both together")
+    return resources(limits, path)
 
 
 def _dns(config: cri.DNSConfig, path: str) -> DnsConfig:

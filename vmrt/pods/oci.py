@@ -270,6 +270,7 @@ def build(
         "noNewPrivileges": security.no_new_privs,
         "oomScoreAdj": spec.resources.oom_score_adj,
     }
+    process["rlimits"] = [dict(limit) for limit in _RLIMITS]
     if apparmor:
         process["apparmorProfile"] = apparmor
     return {
@@ -281,6 +282,14 @@ def build(
         "annotations": {"vmrt.sandbox": f"{sandbox.namespace}/{sandbox.name}"},
     }
 
+
+# CRI has no field for these. Open files as systemd gives them to a node's runtime (systemd-system.conf(5),
+# DefaultLimitNOFILE); no bound on a user's processes: the kernel's would follow the VM's size, and uids of different
+# containers are the same user to it. The pids controller is what bounds a container.
+_RLIMITS = (
+    {"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 524288},
+    {"type": "RLIMIT_NPROC", "soft": 2**64 - 1, "hard": 2**64 - 1},
+)
 
 # The pod's own where it has a user namespace; else they are the guest's and no container leaves them.
 _POD_NAMESPACES = [
