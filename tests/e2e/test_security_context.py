@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,9 +31,8 @@ def privileged(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def container_linux(**fields: object) -> cri.LinuxContainerConfig:
     """Return a container's Linux part, with a PID namespace of its own unless `fields` say otherwise."""
-    context = cri.LinuxContainerSecurityContext(namespace_options=cri.NamespaceOption(pid=cri.CONTAINER))
-    context.MergeFrom(cri.LinuxContainerSecurityContext(**fields))  # type: ignore[arg-type]
-    return cri.LinuxContainerConfig(security_context=context)
+    fields.setdefault("namespace_options", cri.NamespaceOption(pid=cri.CONTAINER))
+    return cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(**fields))  # type: ignore[arg-type]
 
 
 def refused(pod: Pod, **fields: object) -> str:
@@ -222,6 +222,39 @@ def test_limits_that_cannot_be(pod: Pod, resources: cri.LinuxContainerResources,
     assert message in refused(pod, linux=linux)
 
 
+def test_pid_namespaces(pod: Pod) -> None:
+    """Whose process 1 a container sees: its own, the pod's, a target's, the guest's."""
+    target = pod.run("sleep", "1000")
+    for mode, target_id, first in (
+        (cri.CONTAINER, "", "cat"),
+        (cri.POD, "", "pause"),
+        (cri.TARGET, target, "sleep"),
+    ):
+        options = cri.NamespaceOption(pid=mode, target_id=target_id)
+        assert pod.output("cat", "/proc/1/comm", linux=container_linux(namespace_options=options)) == f"{first}\n"
+    node = container_linux(namespace_options=cri.NamespaceOption(pid=cri.NODE))
+    # The guest's: the target is seen there, under another number than in its own.
+    told = pod.output("sh", "-c", "cat /proc/1/comm; grep -l sleep /proc/[0-9]*/comm | wc -l", linux=node).split()
+    assert told[0] not in ("cat", "sh", "pause", "sleep")
+    assert int(told[1]) >= 1
+    pod.remove(target)
+    gone = container_linux(namespace_options=cri.NamespaceOption(pid=cri.TARGET, target_id=target))
+    assert target[:13] in refused(pod, linux=gone)
+
+
+def test_stop_signal(pod: Pod) -> None:
+    script = "trap 'echo hangup; exit 7' HUP; echo up; while :; do sleep 0.1; done"
+    container = pod.run("sh", "-c", script, stop_signal=cri.SIGHUP)
+    while "up" not in log_text(Path(pod.status(container).log_path)):
+        time.sleep(0.05)
+    assert pod.status(container).stop_signal == cri.SIGHUP
+    pod.daemon.runtime.StopContainer(cri.StopContainerRequest(container_id=container, timeout=60))
+    status = pod.wait(container)
+    assert status.exit_code == 7
+    assert log_text(Path(status.log_path)) == "up\nhangup\n"
+    pod.remove(container)
+
+
 # --- AppArmor ---------------------------------------------------------------------------------------------------------
 
 RUNTIME_DEFAULT = cri.SecurityProfile(profile_type=cri.SecurityProfile.RuntimeDefault)
@@ -295,7 +328,8 @@ USERNS = cri.UserNamespace(
 
 
 def in_userns(**fields: object) -> cri.LinuxContainerConfig:
-    return container_linux(namespace_options=cri.NamespaceOption(userns_options=USERNS), **fields)
+    options = cri.NamespaceOption(userns_options=USERNS, pid=cri.CONTAINER)
+    return container_linux(namespace_options=options, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -360,11 +394,10 @@ def test_containers_of_a_pod_share_its_user_namespace(mapped: Pod) -> None:
 
 @pytest.mark.parametrize("pid", [cri.POD, cri.CONTAINER])
 def test_a_user_in_a_user_namespace(mapped: Pod, pid: cri.NamespaceMode.ValueType) -> None:
-    options = cri.NamespaceOption(userns_options=USERNS, pid=pid)
-    linux = cri.LinuxContainerConfig(
-        security_context=cri.LinuxContainerSecurityContext(
-            namespace_options=options, run_as_username="nobody", supplemental_groups=[7]
-        )
+    linux = container_linux(
+        namespace_options=cri.NamespaceOption(userns_options=USERNS, pid=pid),
+        run_as_username="nobody",
+        supplemental_groups=[7],
     )
     script = "id -u; id -g; id -G; touch /etc/x 2>&1 | grep -o 'Permission denied'; cat /proc/1/comm; true"
     told = mapped.output("sh", "-c", script, linux=linux).split("\n")
