@@ -142,7 +142,12 @@ CASES: dict[str, tuple[dict[str, object], dict[str, object], str, str]] = {
         "grep -E 'Cap(Eff|Bnd)' /proc/self/status",
         "CapEff:\t0000000000000000\nCapBnd:\t0000000000000000\n",
     ),
-    "rlimits": ({}, {}, "ulimit -n; ulimit -Hn; ulimit -u", "1024\n524288\nunlimited\n"),
+    "rlimits": (
+        {},
+        {},
+        "sed -n 's/  */ /g; /^Max processes/p; /^Max open/p' /proc/self/limits",
+        "Max processes unlimited unlimited processes \nMax open files 1024 524288 files \n",
+    ),
     "OOM score": ({}, {"oom_score_adj": -997}, "cat /proc/self/oom_score_adj", "-997\n"),
     "unified": (
         {},
@@ -169,9 +174,9 @@ CASES: dict[str, tuple[dict[str, object], dict[str, object], str, str]] = {
         "4194304\n2\n",
     ),
     "masked and read-only paths": (
-        {"masked_paths": ["/etc/passwd", "/usr"], "readonly_paths": ["/tmp"]},
+        {"masked_paths": ["/etc/passwd", "/tmp"], "readonly_paths": ["/etc"]},
         {},
-        "wc -c < /etc/passwd; ls -A /usr | wc -l; touch /tmp/x 2>&1 | grep -o 'Read-only file system'",
+        "wc -c < /etc/passwd; ls -A /tmp | wc -l; touch /etc/x 2>&1 | grep -o 'Read-only file system'",
         "0\n0\nRead-only file system\n",
     ),
     "no new privileges": (
@@ -279,7 +284,7 @@ def test_apparmor_by_default(pod: Pod) -> None:
     script = """
         cat /proc/self/attr/current
         echo x > /tmp/file && cat /tmp/file && sh -c 'kill -0 $$'
-        mount -t tmpfs none /mnt 2>&1 | grep -o 'Permission denied'
+        mount -t tmpfs none /tmp 2>&1 | grep -o 'Permission denied'
         (echo 1 > /proc/sys/kernel/printk_delay) 2>&1 | grep -o 'Permission denied'
     """
     linux = container_linux(apparmor=RUNTIME_DEFAULT, capabilities=add)
