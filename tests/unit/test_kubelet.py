@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import cast
@@ -61,3 +62,19 @@ def test_a_pod_is_restarted_in_place_with_the_same_names(tmp_path: Path, monkeyp
         await world.service.start_container(second)
 
     run(tmp_path, monkeypatch, test)
+
+
+def test_every_test_that_the_manual_names_exists() -> None:
+    tests = Path(__file__).parents[1]
+    manual = (tests.parent / "docs/cri.md").read_text()
+    file, named = "", 0
+    for found in re.finditer(r"`((?:unit|e2e)/\w+\.py)?(?:::(\w+))?`", manual):
+        file = found[1] or file
+        if not found[0].strip("`"):
+            continue
+        assert (tests / file).is_file(), f"docs/cri.md names {file}"
+        assert not found[2] or f"def {found[2]}(" in (tests / file).read_text(), f"docs/cri.md names {file}::{found[2]}"
+        named += 1
+    for name in re.findall(r"`(Test\w+)[/`]", manual):
+        assert any(f"func {name}(" in path.read_text() for path in (tests / "interop").glob("*.go")), name
+    assert named > 30
