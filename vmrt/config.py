@@ -48,6 +48,10 @@ class HypervisorConfig:
     share: bool = True
     qemu_user: str = "vmrt-qemu"
     qemu_group: str = "vmrt-qemu"
+    # Each VM runs under a uid and gid of its own from this range, which nothing else on the host may use; base 0 has
+    # all VMs run as qemu_user. The default lies where systemd leaves ids unused (its UIDS-GIDS.md).
+    vm_uid_base: int = 0x7000_0000
+    vm_uid_count: int = 65536
     qemu_binary: Path = Path("/usr/bin/qemu-system-x86_64")
     boot_timeout_s: float = 60.0
     # How many boot side by side, the others wait their turn; 0: two for each processor.
@@ -55,8 +59,13 @@ class HypervisorConfig:
     default_vcpus: int = 1
     default_memory_bytes: int = 512 * 1024**2
     overhead_memory_bytes: int = 96 * 1024**2
+    # What a pod's VM may be enlarged to; 0 is as much as the host has, within reason: vmrt.pods.sizing.
+    max_vcpus: int = 0
+    max_memory_bytes: int = 0
     scratch_bytes: int = 10 * 1024**3
     console_limit_bytes: int = 256 * 1024
+    # How kubelet is to spell cgroup_parent, and who makes cgroups below it; "auto" is systemd where it is the init.
+    cgroup_driver: typing.Literal["auto", "cgroupfs", "systemd"] = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +248,10 @@ def check(config: Config) -> Config:
     for name, value, least in (
         ("hypervisor.default_vcpus", h.default_vcpus, 1),
         ("hypervisor.default_memory_bytes", h.default_memory_bytes, 128 * 1024**2),
+        ("hypervisor.vm_uid_base", h.vm_uid_base, 0),
+        ("hypervisor.vm_uid_count", h.vm_uid_count, 1),
+        ("hypervisor.max_vcpus", h.max_vcpus, 0),
+        ("hypervisor.max_memory_bytes", h.max_memory_bytes, 0),
         ("hypervisor.scratch_bytes", h.scratch_bytes, 64 * 1024**2),
         ("hypervisor.boot_timeout_s", h.boot_timeout_s, 1),
         ("volumes.empty_dir_bytes", config.volumes.empty_dir_bytes, 64 * 1024**2),
@@ -255,6 +268,10 @@ def check(config: Config) -> Config:
             f"max_container_log_line_bytes must be at most {MAX_LOG_LINE_BYTES}, not "
             f"{config.max_container_log_line_bytes}",
             hint="a piece of a line must fit into the agent's output buffer, or the container would wait for ever",
+        )
+    if h.vm_uid_base and not 1000 <= h.vm_uid_base <= 2**32 - 2 - h.vm_uid_count:
+        raise ConfigError(
+            f"hypervisor.vm_uid_base: {h.vm_uid_base} and {h.vm_uid_count} ids are not within 1000 to {2**32 - 3}"
         )
     s = config.streaming
     if not 0 <= s.port < 65536:

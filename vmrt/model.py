@@ -321,7 +321,9 @@ class VmSpec:
 
     `tap` names an existing host tap device that QEMU opens, `mac` its guest-side address ("" for no NIC).
     `share_dir` is served to the guest as virtiofs tag "share" when given. With `background` it boots at a low priority,
-    which ends when it is ready.
+    which ends when it is ready. Its processes go below the host cgroup `cgroup_parent` (CRI's) when that is not "",
+    before the guest runs; CPU limits of that cgroup hold once it is ready. `max_vcpus` and `max_memory_bytes` are what
+    it may be enlarged to while it runs; at or below the size that it boots with, that is its size for life.
     """
 
     vm_id: str
@@ -334,6 +336,20 @@ class VmSpec:
     mtu: int = 1500
     share_dir: Path | None = None
     background: bool = False
+    max_vcpus: int = 0
+    max_memory_bytes: int = 0
+    cgroup_parent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class VmSize:
+    """What a VM has, what it can be enlarged to, and how much memory it was booted with and keeps."""
+
+    vcpus: int
+    memory_bytes: int
+    max_vcpus: int
+    max_memory_bytes: int
+    min_memory_bytes: int
 
 
 class VmEventKind(enum.Enum):

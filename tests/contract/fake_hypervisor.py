@@ -9,15 +9,16 @@ one with those of `MUTE` never answers. `FakeVmHost.agent` answers on the ports 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from vmrt import spawn
-from vmrt.errors import AlreadyExistsError, VmError, VmGoneError
-from vmrt.hypervisor import devices
-from vmrt.model import Disk, VmEvent, VmEventKind, VmSpec
+from vmrt.errors import AlreadyExistsError, ExhaustedError, VmError, VmGoneError
+from vmrt.hypervisor import cgroup, devices
+from vmrt.model import Disk, VmEvent, VmEventKind, VmSize, VmSpec
 from vmrt.pods.drivers import Connection
 from vmrt.spawn import ProcessId
 
@@ -43,6 +44,10 @@ class FakeVm:
     spec: VmSpec
     disks: dict[str, Disk]
     console: str = "fake kernel\nvmrt-agent: ready\n"
+    booted_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.booted_bytes = self.spec.memory_bytes
 
 
 @dataclass
@@ -165,6 +170,32 @@ class FakeHypervisor:
         if disk is None or not devices.is_block_device(disk.path):
             raise VmError(f"{serial} is no host block device of this VM", phase="resize disk", resource=f"vm {vm_id}")
         return devices.size_bytes(disk.path)
+
+    async def place(self, vm_id: str, cgroup_parent: str) -> None:
+        self._call("place", vm_id, cgroup_parent)
+        vm = self._running(vm_id)
+        cgroup.directory_of(cgroup_parent, systemd=False)
+        vm.spec = dataclasses.replace(vm.spec, cgroup_parent=cgroup_parent)
+
+    async def resize(self, vm_id: str, vcpus: int, memory_bytes: int) -> VmSize:
+        self._call("resize", vm_id, str(vcpus), str(memory_bytes))
+        vm = self._running(vm_id)
+        most = await self.size(vm_id)
+        if vcpus > most.max_vcpus or memory_bytes > most.max_memory_bytes:
+            raise ExhaustedError("the VM cannot have so much", phase="resize", resource=f"vm {vm_id}")
+        vm.spec = dataclasses.replace(
+            vm.spec,
+            vcpus=max(vcpus, most.vcpus),
+            memory_bytes=max(memory_bytes, vm.booted_bytes),
+            max_vcpus=most.max_vcpus,
+            max_memory_bytes=most.max_memory_bytes,
+        )
+        return await self.size(vm_id)
+
+    async def size(self, vm_id: str) -> VmSize:
+        vm = self._running(vm_id)
+        most = max(vm.spec.vcpus, vm.spec.max_vcpus), max(vm.spec.memory_bytes, vm.spec.max_memory_bytes)
+        return VmSize(vm.spec.vcpus, vm.spec.memory_bytes, *most, vm.booted_bytes)
 
     async def events(self) -> AsyncIterator[VmEvent]:
         while True:

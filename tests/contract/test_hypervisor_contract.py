@@ -16,8 +16,8 @@ from tests.contract import real_hypervisor as real
 from tests.contract.fake_hypervisor import MUTE, PANIC, FakeHypervisor, FakeVmHost
 from vmrt import spawn
 from vmrt.agent.layout import CALL_PORT
-from vmrt.errors import AlreadyExistsError, VmError, VmGoneError
-from vmrt.model import Disk, GuestImage, VmEvent, VmEventKind
+from vmrt.errors import AlreadyExistsError, ExhaustedError, VmError, VmGoneError
+from vmrt.model import Disk, GuestImage, VmEvent, VmEventKind, VmSize
 from vmrt.pods.drivers import Hypervisor
 
 
@@ -161,6 +161,36 @@ async def test_a_block_device_of_the_host(subject: Subject, hypervisor: Hypervis
         assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
 
+async def test_a_vm_grows_and_gives_back(subject: Subject, hypervisor: Hypervisor) -> None:
+    mib = 1024**2
+    await hypervisor.boot(real.spec("one", subject.guest, max_vcpus=2, max_memory_bytes=1024 * mib))
+    small = VmSize(1, 256 * mib, 2, 1024 * mib, 256 * mib)
+    assert await hypervisor.size("one") == small
+    for vcpus, memory_bytes in ((3, 256 * mib), (1, 1025 * mib)):
+        with pytest.raises(ExhaustedError):
+            await hypervisor.resize("one", vcpus, memory_bytes)
+    assert await hypervisor.size("one") == small
+    assert await hypervisor.resize("one", 2, 512 * mib) == dataclasses.replace(small, vcpus=2, memory_bytes=512 * mib)
+    # The guest gives back as much as it can, in its own time; CPUs stay.
+    await hypervisor.resize("one", 1, 200 * mib)
+    async with asyncio.timeout(60):
+        while (has := await hypervisor.size("one")).memory_bytes >= 512 * mib:
+            await asyncio.sleep(0.1)
+    assert has.memory_bytes >= 256 * mib
+    assert has.vcpus == 2
+    assert await hypervisor.resize("one", 2, 300 * mib) == dataclasses.replace(small, vcpus=2, memory_bytes=300 * mib)
+    assert await reaches_agent(hypervisor, "one")
+
+
+async def test_a_vm_that_cannot_grow(subject: Subject, hypervisor: Hypervisor) -> None:
+    await hypervisor.boot(real.spec("one", subject.guest))
+    size = await hypervisor.size("one")
+    assert size == VmSize(1, real.MEMORY_BYTES, 1, real.MEMORY_BYTES, real.MEMORY_BYTES)
+    with pytest.raises(ExhaustedError):
+        await hypervisor.resize("one", 2, real.MEMORY_BYTES)
+    assert await hypervisor.resize("one", 1, real.MEMORY_BYTES) == size
+
+
 async def test_an_id_can_be_used_again_at_once(subject: Subject, hypervisor: Hypervisor) -> None:
     for _ in range(2):
         await hypervisor.boot(real.spec("one", subject.guest))
@@ -175,6 +205,10 @@ async def test_unknown_vm(subject: Subject, hypervisor: Hypervisor) -> None:
         await hypervisor.attach_disk("none", subject.disk("layer-1"))
     with pytest.raises(VmGoneError):
         await hypervisor.detach_disk("none", "layer-1")
+    with pytest.raises(VmGoneError):
+        await hypervisor.resize("none", 1, real.MEMORY_BYTES)
+    with pytest.raises(VmGoneError):
+        await hypervisor.resize_disk("none", "layer-1")
     with pytest.raises(VmGoneError):
         hypervisor.console_tail("none")
     with pytest.raises(VmGoneError):

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from tests.contract import real_hypervisor as real
-from vmrt.errors import VmError, VmGoneError
+from vmrt import spawn
+from vmrt.errors import InvalidArgumentError, VmError, VmGoneError
 from vmrt.hypervisor.libvirt_driver import LibvirtHypervisor
 from vmrt.model import Disk, VmEventKind
 from vmrt.spawn import ProcessId
@@ -32,7 +33,8 @@ def real_machine() -> None:
 async def hypervisor() -> AsyncIterator[LibvirtHypervisor]:
     hypervisor = await real.opened()
     yield hypervisor
-    await hypervisor.destroy("one")
+    for vm_id in ("one", "two"):
+        await hypervisor.destroy(vm_id)
     await hypervisor.close()
     assert real.leftovers() == []
 
@@ -62,6 +64,89 @@ async def test_qemu_is_confined_and_the_share_is_served(hypervisor: LibvirtHyper
     assert str(scratch.path.stat().st_uid) in status["Uid"].split()
     console = real.root() / "vms" / "one" / "console"
     assert stat.S_IMODE(console.stat().st_mode) == 0o600
+
+
+# Run as one VM's user: everything of another VM that a taken-over QEMU would try. Prints what worked.
+INTRUDER = """
+import ctypes, os, signal, socket, sys
+from pathlib import Path
+
+pid, directory, scratch = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+ctypes.CDLL(None)  # ptrace(2) comes from libc
+
+def connect(path):
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(str(path))
+
+def attach():
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.ptrace(16, pid, 0, 0):  # PTRACE_ATTACH
+        raise OSError(ctypes.get_errno(), "ptrace")
+
+attempts = {
+    "kill": lambda: os.kill(pid, 0),
+    "ptrace": attach,
+    "memory": lambda: open(f"/proc/{pid}/mem", "rb").close(),
+    "environment": lambda: open(f"/proc/{pid}/environ", "rb").read(),
+    "descriptors": lambda: os.listdir(f"/proc/{pid}/fd"),
+    "root": lambda: os.listdir(f"/proc/{pid}/root/dev"),
+    "read the scratch disk": lambda: open(scratch, "rb").close(),
+    "write the scratch disk": lambda: open(scratch, "ab").close(),
+    "sockets": lambda: os.listdir(directory / "s"),
+    "vsock": lambda: connect(directory / "s" / "vsock"),
+    "console socket": lambda: connect(directory / "console.sock"),
+    "console": lambda: open(directory / "console", "rb").close(),
+    "make a file": lambda: open(directory / "new", "wb").close(),
+    "host device": lambda: open(directory / "d" / "volume", "rb").close(),
+}
+monitors = [path for path in sys.argv[4:]]
+for path in monitors:
+    attempts[path] = lambda path=path: connect(path)
+for what, attempt in attempts.items():
+    try:
+        attempt()
+    except OSError:
+        continue
+    print(what, flush=True)
+"""
+
+
+async def test_no_vm_reaches_another(hypervisor: LibvirtHypervisor) -> None:
+    scratches = {vm_id: real.small_disk(f"scratch-{vm_id}", readonly=False) for vm_id in ("one", "two")}
+    with real.loop_device(1024**2) as (device, _):
+        for vm_id, scratch in scratches.items():
+            await hypervisor.boot(real.spec(vm_id, real.real_guest(), disks=(scratch,)))
+            await hypervisor.attach_disk(vm_id, Disk("volume", device, readonly=False))
+        users = {}
+        for vm_id in scratches:
+            ids = {(status_of(process)["Uid"], status_of(process)["Gid"]) for process in hypervisor.processes(vm_id)}
+            ((uids, gids),) = ids
+            users[vm_id] = uids.split()[0], gids.split()[0]
+            assert status_of(hypervisor.processes(vm_id)[0])["Groups"] in ("", users[vm_id][1])
+        assert users["one"] != users["two"]
+        for vm_id, other in (("one", "two"), ("two", "one")):
+            monitors = [str(path) for path in (real.root() / "libvirt" / "lib" / "qemu").glob(f"*{other}*/*.sock")]
+            for process in hypervisor.processes(other):
+                directory = real.root() / "vms" / other
+                arguments = (str(process.pid), str(directory), str(scratches[other].path), *monitors)
+                tried = await as_user(users[vm_id], arguments)
+                assert tried == [], f"{vm_id} reaches of {other}: {tried}"
+            # The same attempts, by the other VM's own user: what they try is there.
+            qemu = hypervisor.processes(other)[0]
+            own = await as_user(users[other], (str(qemu.pid), str(directory), str(scratches[other].path)))
+            assert {"kill", "read the scratch disk", "write the scratch disk", "sockets", "vsock", "host device"} <= {
+                *own
+            }
+        await hypervisor.destroy("two")
+        await hypervisor.destroy("one")
+    assert not any(Path("/run/vmrt-uids", uid).exists() for uid, _ in users.values())
+
+
+async def as_user(user: tuple[str, str], arguments: tuple[str, ...]) -> list[str]:
+    """Run INTRUDER as a VM's user; return what worked."""
+    setpriv = ("setpriv", f"--reuid={user[0]}", f"--regid={user[1]}", "--clear-groups", "--no-new-privs")
+    done = await spawn.run((*setpriv, "/usr/bin/python3", "-I", "-c", INTRUDER, *arguments))
+    return done.text().splitlines()
 
 
 async def test_a_host_device_is_opened_no_further_than_asked(hypervisor: LibvirtHypervisor) -> None:
@@ -134,35 +219,64 @@ async def test_clients_that_hang_up_early_do_no_harm(hypervisor: LibvirtHypervis
     assert hypervisor.list() == ["one"]
 
 
-async def test_an_out_of_memory_kill_is_told_as_such(hypervisor: LibvirtHypervisor) -> None:
-    await hypervisor.boot(real.spec("one", real.real_guest()))
-    qemu = hypervisor.processes("one")[0]
-    limit = memory_limit_of(qemu)
-    if limit is None:
-        pytest.skip("QEMU is in no memory cgroup of its own here")
-    limit_file, used = limit
-    limit_file.write_text(str(used + 1024**2))
+PARENT = f"vmrt-contract-{real.INSTANCE}/pod"
+
+
+async def test_a_vm_lives_in_its_pods_cgroup_and_an_out_of_memory_kill_is_told(hypervisor: LibvirtHypervisor) -> None:
+    await hypervisor.boot(real.spec("one", real.real_guest(), cgroup_parent=PARENT))
+    cgroups = [cgroups_of(process) for process in hypervisor.processes("one")]
+    if not cgroups[0]:
+        pytest.skip("this host has no cgroup controllers")
+    # All of the VM, under every controller that there is.
+    assert all(found == cgroups[0] for found in cgroups)
+    memory = next(
+        (path for path in cgroups[0] if (path / MEMORY_LIMITS[0]).exists() or (path / MEMORY_LIMITS[1]).exists()), None
+    )
+    assert memory is not None
+    limit = next(memory / name for name in MEMORY_LIMITS if (memory / name).exists())
+    used = int((memory / limit.name.replace("limit", "usage").replace("max", "current")).read_text())
+    limit.write_text(str(used + 1024**2))
     with pytest.raises(VmGoneError):
         for number in range(100):
             await hypervisor.attach_disk("one", real.small_disk(f"layer-{number}"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert (await anext(hypervisor.events())).kind is VmEventKind.OOM_KILLED
+    await hypervisor.destroy("one")
+    assert not [path for path in cgroups[0] if path.parents[1].exists()]
 
 
-def memory_limit_of(process: ProcessId) -> tuple[Path, int] | None:
-    """Return the file that limits QEMU's own memory cgroup, and how much is used."""
+async def test_a_waiting_vm_is_placed_later(hypervisor: LibvirtHypervisor) -> None:
+    await hypervisor.boot(real.spec("one", real.real_guest()))
+    assert cgroups_of(hypervisor.processes("one")[0]) == []
+    for parent in ("../../x", "a/../b"):
+        with pytest.raises(InvalidArgumentError):
+            await hypervisor.place("one", parent)
+    await hypervisor.place("one", PARENT)
+    placed = [cgroups_of(process) for process in hypervisor.processes("one")]
+    if not placed[0]:
+        pytest.skip("this host has no cgroup controllers")
+    assert all(found == placed[0] for found in placed)
+    await hypervisor.destroy("one")
+    assert not [path for path in placed[0] if path.parents[1].exists()]
+
+
+MEMORY_LIMITS = ("memory.limit_in_bytes", "memory.max")
+
+
+def cgroups_of(process: ProcessId) -> list[Path]:
+    """Return the directories of the cgroups below PARENT that a process is in."""
+    found = []
+    mounts = {
+        tuple(line.split(" - ")[1].split()[-1].split(",")[1:]): Path(line.split()[4])
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if " - cgroup" in line
+    }
     for line in Path(f"/proc/{process.pid}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if "qemu" not in path:
-            continue
-        for base, limit, used in (
-            (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
-            (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-        ):
-            directory = base / path.lstrip("/")
-            if (controllers in ("memory", "")) and (directory / limit).exists():
-                return directory / limit, int((directory / used).read_text())
-    return None
+        if PARENT in path:
+            point = mounts.get(tuple(controllers.split(",")), Path("/sys/fs/cgroup"))
+            found.append(point / path.lstrip("/"))
+    return found
 
 
 async def test_a_disk_that_qemu_may_not_read(hypervisor: LibvirtHypervisor) -> None:

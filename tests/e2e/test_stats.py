@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from demo.daemon import Daemon
 from tests.e2e.conftest import Pod, run_pod
+from tests.e2e.failures import vm_pids
 from vmrt.proto.runtime.v1 import api_pb2 as cri
 
 MIB = 1024**2
@@ -21,8 +23,8 @@ def test_stats_right_after_the_start_and_after_the_end(pod: Pod) -> None:
     runtime = pod.daemon.runtime
     container = pod.run("sh", "-c", "dd if=/dev/zero of=/tmp/big bs=1M count=4 2>/dev/null; sleep 1000")
     request = cri.ContainerStatsRequest(container_id=container)
-    first = runtime.ContainerStats(request).stats
-    assert first.cpu.timestamp > 0
+    while not (first := runtime.ContainerStats(request).stats).cpu.timestamp:
+        time.sleep(0.1)  # the guest did not answer in time
     assert first.memory.timestamp > 0
     assert first.memory.working_set_bytes.value > 0
     pod.execute(container, "sh", "-c", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done")
@@ -96,18 +98,62 @@ def test_limits_change_in_the_guest_and_a_refused_change_changes_nothing(pod: Po
     pod.remove(container)
 
 
-def test_a_pod_is_resized_within_its_vm_only(pod: Pod) -> None:
-    def resize(memory: int) -> None:
+def test_a_pods_vm_grows_and_gives_back(pod: Pod) -> None:
+    def resize(memory: int, cpus: int = 0) -> None:
+        resources = cri.LinuxContainerResources(
+            memory_limit_in_bytes=memory, cpu_quota=cpus * 100_000, cpu_period=100_000 if cpus else 0
+        )
         pod.daemon.runtime.UpdatePodSandboxResources(
-            cri.UpdatePodSandboxResourcesRequest(
-                pod_sandbox_id=pod.id, resources=cri.LinuxContainerResources(memory_limit_in_bytes=memory)
-            )
+            cri.UpdatePodSandboxResourcesRequest(pod_sandbox_id=pod.id, resources=resources)
         )
 
-    resize(32 * MIB)
-    with pytest.raises(grpc.RpcError, match="memory_limit_in_bytes") as caught:
-        resize(1 << 40)
-    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    def has() -> tuple[int, int]:
+        text = pod.execute(container, "cat", "/proc/meminfo", "/sys/devices/system/cpu/online").stdout.decode()
+        last = text.split()[-1]
+        return int(text.split()[1]) * 1024, len(last.split("-")) if last != "0" else 1
+
+    container = pod.run("sleep", "1000")
+    memory, cpus = has()
+    assert cpus == 1
+    for wanted in ((1 << 40, 1), (32 * MIB, 10_000)):
+        with pytest.raises(grpc.RpcError, match=r"memory_limit_in_bytes|cpu_quota") as caught:
+            resize(*wanted)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert has() == (memory, 1)
+    more = min(2, os.cpu_count() or 1)
+    resize(1024 * MIB, more)
+    grown, cpus = has()
+    assert grown > memory + 400 * MIB
+    assert cpus == more
+    # What the pod's containers may have is what its VM has.
+    pod.daemon.runtime.UpdateContainerResources(
+        cri.UpdateContainerResourcesRequest(
+            container_id=container, linux=cri.LinuxContainerResources(memory_limit_in_bytes=1024 * MIB)
+        )
+    )
+    resize(32 * MIB, 1)
+    assert has()[1] == 1
+    while has()[0] >= grown:
+        time.sleep(0.1)
+    pod.remove(container)
+
+
+def test_memory_that_a_guest_frees_returns_to_the_host(pod: Pod) -> None:
+    container = pod.run("sleep", "1000")
+    qemu = vm_pids(pod.daemon, pod.id)["qemu-system-x86_64"]
+
+    def resident() -> int:
+        status = Path(f"/proc/{qemu}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+    pod.execute(container, "dd", "if=/dev/zero", "of=/dev/shm/filler", "bs=1M", "count=60", timeout=120)
+    full = resident()
+    pod.execute(container, "rm", "/dev/shm/filler")
+    deadline = time.monotonic() + 120
+    while resident() > full - 40 * MIB:
+        assert time.monotonic() < deadline, (full, resident())
+        time.sleep(0.1)
+    pod.remove(container)
 
 
 def test_two_subscribers_hear_a_pods_whole_life_in_order(daemon: Daemon, tmp_path: Path) -> None:

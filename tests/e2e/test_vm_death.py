@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -173,3 +175,31 @@ def test_a_guest_that_hangs_can_be_stopped(doomed: Pod) -> None:
     assert doomed.status(container).state == cri.CONTAINER_RUNNING
     doomed.daemon.runtime.StopPodSandbox(cri.StopPodSandboxRequest(pod_sandbox_id=doomed.id))
     killed(doomed, container, "stopped")
+
+
+def test_the_host_kills_a_pod_for_memory(mortal: Daemon, tmp_path: Path) -> None:
+    """The pod's host cgroup holds its VM; when the VM is killed there for memory, its containers were OOMKilled."""
+    before = Before(mortal)
+    parent = f"vmrt-e2e-{uuid.uuid4().hex[:8]}/pod"
+    pod = run_pod(mortal, tmp_path, "starved", linux=cri.LinuxPodSandboxConfig(cgroup_parent=f"/{parent}"))
+    found = [path for path in Path("/sys/fs/cgroup").glob(f"**/{parent}") if path.is_dir()]
+    if not found:
+        pytest.skip("this host has no cgroup controllers")
+    # QEMU and each helper, under every controller.
+    processes = {*vm_pids(pod.daemon, pod.id).values()}
+    for cgroup in found:
+        (leaf,) = [path for path in cgroup.iterdir() if path.is_dir()]
+        assert processes <= {int(pid) for pid in (leaf / "cgroup.procs").read_text().split()}
+    limits = [path / name for path in found for name in ("memory.limit_in_bytes", "memory.max")]
+    (limit,) = [path for path in limits if path.exists()]
+    container = pod.run("sh", "-c", "sleep 1000")
+    used = limit.parent / limit.name.replace("limit", "usage").replace("max", "current")
+    limit.write_text(str(int(used.read_text()) + 4 * 1024**2))
+    with contextlib.suppress(grpc.RpcError):  # its VM goes while it runs
+        pod.execute(container, "dd", "if=/dev/zero", "of=/dev/shm/filler", "bs=1M", "count=60", timeout=120)
+    assert wait_dead(pod).status.state == cri.SANDBOX_NOTREADY
+    ended = pod.status(container)
+    assert (ended.state, ended.exit_code, ended.reason) == (cri.CONTAINER_EXITED, 137, "OOMKilled")
+    mortal.runtime.RemovePodSandbox(cri.RemovePodSandboxRequest(pod_sandbox_id=pod.id))
+    assert before.left() == {}
+    assert not [path for path in found if path.parent.exists()]

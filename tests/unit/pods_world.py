@@ -56,6 +56,9 @@ class Guest:
     containers: dict[str, pb.ContainerInfo] = field(default_factory=dict)
     events: list[pb.Event] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    cpus: int = 1  # online
+    used_bytes: int = 0
+    updates: list[tuple[str, bytes]] = field(default_factory=list)
 
     def exit(self, container_id: str, code: int = 0, age_us: int = 0) -> None:
         """Let a container end."""
@@ -356,6 +359,19 @@ class Agent:
     async def release_disk(self, serial: str, *, timeout_s: float) -> None:
         async with self._call("release disk"):
             pass
+
+    async def set_cpus(self, online: int, *, timeout_s: float = 30.0) -> None:
+        async with self._call("agent cpus") as guest:
+            guest.cpus = online
+
+    async def container_stats(self, container_ids: Sequence[str] = ()) -> pb.ContainerStatsResponse:
+        async with self._call("agent stats") as guest:
+            used = pb.ContainerStat(memory_working_set_bytes=guest.used_bytes)
+            return pb.ContainerStatsResponse(sandbox=pb.SandboxStat(usage=used))
+
+    async def update_container(self, container_id: str, oci_resources: bytes) -> None:
+        async with self._call("agent update") as guest:
+            guest.updates.append((container_id, oci_resources))
 
     async def shutdown(self, *, timeout_s: float) -> None:
         async with self._call("shutdown") as guest:

@@ -706,4 +706,6 @@ def test_codes_are_those_of_grpc() -> None:
 def test_cgroup_driver_follows_systemd(directory: Path, running: bool, driver: int) -> None:
     if running:
         (directory / "system").mkdir()
-    assert cgroup_driver(directory / "system") == driver
+    assert cgroup_driver("auto", directory / "system") == driver
+    assert cgroup_driver("systemd", directory / "system") == cri.SYSTEMD
+    assert cgroup_driver("cgroupfs", directory / "system") == cri.CGROUPFS

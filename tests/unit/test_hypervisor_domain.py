@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmrt.hypervisor import domain
-from vmrt.model import Disk, GuestImage, VmSpec
+from vmrt.model import Disk, GuestImage, VmSize, VmSpec
 
 GUEST = GuestImage("v1", 1, Path("/g/vmlinux"), Path("/g/initramfs"), Path("/g/root"), "quiet root=/dev/vda", "6.1")
 QEMU_ARG = f"{{{domain.QEMU_URI}}}commandline/{{{domain.QEMU_URI}}}arg"
@@ -110,16 +110,84 @@ def test_no_needless_devices() -> None:
     devices = parsed(spec(), wiring()).find("devices")
     assert devices is not None
     assert {element.tag for element in devices} == {"emulator", "disk", "controller", "serial", "memballoon", "rng"}
-    assert attributes(devices, "memballoon")["model"] == "none"
+    assert attributes(devices, "memballoon")["freePageReporting"] == "on"
     assert attributes(devices, "controller[@type='usb']")["model"] == "none"
 
 
+MIB = 1024**2
+
+
+def test_a_vm_that_can_grow() -> None:
+    grown = spec(vcpus=2, memory_bytes=256 * MIB, max_vcpus=4, max_memory_bytes=1023 * MIB)
+    root = parsed(grown, wiring())
+    # In pieces that the guest can take: 1023 MiB are not.
+    extra = 764 * MIB
+    assert attributes(root, "vcpu") == {"current": "2"}
+    assert root.findtext("vcpu") == "4"
+    assert root.findtext("maxMemory") == root.findtext("memory") == str(256 * MIB + extra)
+    cell = {"id": "0", "cpus": "0-3", "memory": str(256 * MIB), "unit": "b", "memAccess": "shared"}
+    assert attributes(root, "cpu/numa/cell") == cell
+    target = root.find("devices/memory[@model='virtio-mem']/target")
+    assert target is not None
+    assert (target.findtext("size"), target.findtext("requested")) == (str(extra), "0")
+    assert "memory_hotplug.online_policy=auto-movable" in (root.findtext("os/cmdline") or "")
+
+
+def test_a_vm_that_cannot_grow_has_nothing_for_it() -> None:
+    root = parsed(spec(vcpus=2, memory_bytes=256 * MIB, max_vcpus=1, max_memory_bytes=257 * MIB), wiring())
+    assert (root.findtext("vcpu"), attributes(root, "vcpu")) == ("2", {})
+    assert root.find("maxMemory") is None
+    assert root.find("cpu/numa") is None
+    assert root.find("devices/memory") is None
+    assert "memory_hotplug" not in (root.findtext("os/cmdline") or "")
+
+
+LIVE = """
+<domain><memory unit='KiB'>1044480</memory><vcpu current='{current}'>4</vcpu>
+<cpu><numa><cell id='0' cpus='0-3' memory='262144' unit='KiB' memAccess='shared'/></numa></cpu>
+<devices><memory model='virtio-mem'><target><size unit='KiB'>782336</size><node>0</node><block unit='KiB'>2048</block>
+<requested unit='KiB'>8192</requested><current unit='KiB'>4096</current></target><alias name='virtiomem0'/></memory>
+</devices></domain>
+"""
+
+
+def test_the_size_of_a_live_domain() -> None:
+    live = LIVE.format(current=2)
+    assert domain.size_in(live) == VmSize(2, 260 * MIB, 4, 1020 * MIB, 256 * MIB)
+    fixed = "<domain><memory unit='KiB'>262144</memory><vcpu>3</vcpu><devices/></domain>"
+    assert domain.size_in(fixed) == VmSize(3, 256 * MIB, 3, 256 * MIB, 256 * MIB)
+    assert domain.memory_request_xml(fixed, 300 * MIB) is None
+
+
+@pytest.mark.parametrize(("memory", "plugged"), [(100, 0), (256, 0), (257, 4), (260, 4), (1020, 764)])
+def test_what_the_guest_is_asked_to_plug(memory: int, plugged: int) -> None:
+    xml = domain.memory_request_xml(LIVE.format(current=2), memory * MIB)
+    assert xml is not None
+    assert ET.fromstring(xml).findtext("target/requested") == str(plugged * MIB)
+
+
+def test_a_user_of_its_own() -> None:
+    assert parsed(spec(), wiring()).find("seclabel") is None
+    root = parsed(spec(), wiring(owner=(70000, 36)))
+    assert attributes(root, "seclabel") == {"type": "static", "model": "dac", "relabel": "no"}
+    assert root.findtext("seclabel/label") == "+70000:+36"
+
+
+def test_a_host_device_is_not_cached_and_its_flushes_count() -> None:
+    own = ET.fromstring(domain.disk_xml(Disk("a", Path("/f"), readonly=False), 0))
+    host = ET.fromstring(domain.disk_xml(Disk("b", Path("/dev/x"), readonly=False), 1, Path("/r/d/b")))
+    assert (own.get("type"), host.get("type")) == ("file", "block")
+    assert (attributes(own, "driver")["cache"], attributes(host, "driver")["cache"]) == ("unsafe", "none")
+    assert attributes(host, "source") == {"dev": "/r/d/b"}
+
+
 def test_pci_slots_are_used_once() -> None:
-    root = parsed(spec(tap="vt0", mac="02:00:00:00:00:07"), wiring(share_socket=Path("/r/fs")))
+    grown = spec(tap="vt0", mac="02:00:00:00:00:07", max_memory_bytes=2**40)
+    root = parsed(grown, wiring(share_socket=Path("/r/fs")))
     slots = [element.get("slot") for element in root.iterfind(".//address[@type='pci']")]
     device = json.loads(root.findall(QEMU_ARG)[3].get("value", ""))
     slots.append(f"{int(device['addr'], 16):#04x}")
-    assert len(slots) == len(set(slots)) == 6
+    assert len(slots) == len(set(slots)) == 8
 
 
 def test_disks_are_luns_found_by_serial() -> None:

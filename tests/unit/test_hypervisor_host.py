@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vmrt import spawn
 from vmrt.errors import ConfigError, IllegalTransitionError, InvalidArgumentError, VmError
-from vmrt.hypervisor import accel, emulator, oom, record, vhost_vsock, virtiofsd
+from vmrt.hypervisor import accel, access, emulator, oom, record, vhost_vsock, virtiofsd
 from vmrt.hypervisor.accel import Accelerator, KvmProbe, Verdict, probe_rom
 from vmrt.hypervisor.access import ROOT_USER, QemuUser, permits, require_readable
 from vmrt.hypervisor.console import Console, ConsoleRing
@@ -295,7 +295,8 @@ def vm(directory: Path, **fields: object) -> Vm:
     paths.directory.mkdir()
     console = Console(paths.console_socket, ConsoleRing(paths.directory / "console", 10))
     vsock = HybridVsock(paths.vsock, paths.ready, paths.vhost_vsock, (0, 0))
-    return Vm(VmRecord("a", "vhost-user", **fields), paths, console, vsock, "vmrt-i-a")  # type: ignore[arg-type]
+    kept = VmRecord("a", "vhost-user", **fields)  # type: ignore[arg-type]
+    return Vm(kept, paths, console, vsock, "vmrt-i-a", access.ROOT_USER)
 
 
 async def test_states_and_ends(tmp_path: Path) -> None:

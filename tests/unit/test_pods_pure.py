@@ -1,5 +1,6 @@
 """Records, sizing, resolv.conf, signals, the store."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,33 @@ def test_sizing(
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     spec = SandboxSpec(name="n", uid="u", namespace="ns", resources=limits)
     assert sizing.size(spec, HypervisorConfig(), handler) == expected
+
+
+def test_the_runtime_class_overhead_counts() -> None:
+    config = HypervisorConfig()
+    limits = LinuxResources(memory_limit_bytes=100 * MIB, cpu_quota_us=90_000, cpu_period_us=100_000)
+    spec = SandboxSpec(name="n", uid="u", namespace="ns", resources=limits)
+    assert sizing.asked(spec, config, HandlerConfig()) == (1, 196 * MIB)
+    # The guest gets what QEMU itself does not take; the CPUs are one sum.
+    overhead = LinuxResources(memory_limit_bytes=200 * MIB, cpu_quota_us=25_000, cpu_period_us=50_000)
+    assert sizing.asked(replace(spec, overhead=overhead), config, HandlerConfig()) == (2, 236 * MIB)
+    # A small one does not take away what the guest needs.
+    overhead = LinuxResources(memory_limit_bytes=100 * MIB)
+    assert sizing.asked(replace(spec, overhead=overhead), config, HandlerConfig()) == (1, 196 * MIB)
+
+
+def test_the_most_a_vm_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2**28)
+    assert sizing.most(HypervisorConfig()) == (64, 2**40)
+    # What may never be used is kept within reason; what is asked for is given.
+    assert sizing.reach(1, 512 * MIB, HypervisorConfig()) == (32, 32 * 2**30)
+    assert sizing.reach(48, 2**37, HypervisorConfig()) == (48, 2**37)
+    config = HypervisorConfig(max_vcpus=2, max_memory_bytes=2**30)
+    assert sizing.reach(1, 512 * MIB, config) == (2, 2**30)
+    huge = LinuxResources(memory_limit_bytes=2**35, cpu_quota_us=10**6, cpu_period_us=100_000)
+    spec = SandboxSpec(name="n", uid="u", namespace="ns", resources=huge)
+    assert sizing.size(spec, config, HandlerConfig()) == (2, 2**30)
 
 
 def test_resolv_conf() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from vmrt.errors import ExhaustedError, InvalidArgumentError
+import pytest
+from pods_world import SANDBOX, Fault, World
+from test_pods_service import run
+
+from vmrt.errors import ExhaustedError, FailedPreconditionError, InvalidArgumentError, VmError
 from vmrt.model import LinuxResources
 from vmrt.pods import resize
 
@@ -51,3 +55,112 @@ def test_what_was_unlimited_becomes_so_again() -> None:
         "cpu.weight": "100",
     }
     assert resize.restoring(OLD, OLD)["memory"]["limit"] == 64 * MIB
+
+
+def sums(memory: int = 0, cpus: float = 0) -> LinuxResources:
+    return LinuxResources(
+        memory_limit_bytes=memory, cpu_quota_us=int(cpus * 100_000), cpu_period_us=100_000 if cpus else 0
+    )
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host of 4 CPUs and 8 GiB."""
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2 * 1024**2)
+
+
+def size_of(world: World) -> tuple[int, int, int]:
+    """Return the VM's CPUs, those of them that are online, and its memory in MiB."""
+    (vm,) = world.vm_host.vms.values()
+    (guest,) = world.guests.values()
+    return vm.spec.vcpus, guest.cpus, vm.spec.memory_bytes // MIB
+
+
+@pytest.mark.usefixtures("host")
+def test_a_pods_vm_follows_its_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        sandbox = await world.service.run_sandbox(SANDBOX)
+        assert size_of(world) == (1, 1, 512)
+        await world.service.update_sandbox(sandbox, None, sums(1024 * MIB, 2.5))
+        assert size_of(world) == (3, 3, 1120)
+        record = world.table.sandboxes[sandbox].record
+        assert (record.vcpus, record.memory_bytes) == (3, 1120 * MIB)
+        # Down: memory to no less than it booted with, CPUs offline and not unplugged.
+        await world.service.update_sandbox(sandbox, None, sums(64 * MIB, 1))
+        assert size_of(world) == (3, 1, 512)
+        assert world.table.sandboxes[sandbox].record.memory_bytes == 512 * MIB
+        # Up again: they are there already.
+        await world.service.update_sandbox(sandbox, None, sums(64 * MIB, 2))
+        assert size_of(world) == (3, 2, 512)
+
+    run(tmp_path, monkeypatch, test)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(
+    ("asked", "error", "text"),
+    [
+        (sums(16 * 1024 * MIB), ExhaustedError, r"resources\.memory_limit_in_bytes.*8192 MiB"),
+        (sums(64 * MIB, 5), ExhaustedError, r"resources\.cpu_quota.*4"),
+    ],
+)
+def test_a_resize_that_cannot_be_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: LinuxResources, error: type[Exception], text: str
+) -> None:
+    async def test(world: World) -> None:
+        sandbox = await world.service.run_sandbox(SANDBOX)
+        before = world.table.sandboxes[sandbox].record
+        with pytest.raises(error, match=text):
+            await world.service.update_sandbox(sandbox, None, asked)
+        assert world.table.sandboxes[sandbox].record == before
+        assert size_of(world) == (1, 1, 512)
+
+    run(tmp_path, monkeypatch, test)
+
+
+@pytest.mark.usefixtures("host")
+def test_a_resize_that_fails_half_way_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        sandbox = await world.service.run_sandbox(SANDBOX)
+        before = world.table.sandboxes[sandbox].record
+        world.faults = [Fault("agent cpus", before=True, error=VmError("the guest has 1 CPU"))]
+        with pytest.raises(VmError, match="the guest has 1 CPU"):
+            await world.service.update_sandbox(sandbox, None, sums(1024 * MIB, 2))
+        assert world.table.sandboxes[sandbox].record == before
+        assert size_of(world)[1:] == (1, 512)
+
+    run(tmp_path, monkeypatch, test)
+
+
+@pytest.mark.usefixtures("host")
+def test_memory_in_use_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        sandbox = await world.service.run_sandbox(SANDBOX)
+        await world.service.update_sandbox(sandbox, None, sums(2048 * MIB))
+        (guest,) = world.guests.values()
+        guest.used_bytes = 1800 * MIB
+        with pytest.raises(FailedPreconditionError, match="it uses 1832 MiB"):
+            await world.service.update_sandbox(sandbox, None, sums(1024 * MIB))
+        assert size_of(world) == (1, 1, 2144)
+
+    run(tmp_path, monkeypatch, test)
+
+
+@pytest.mark.usefixtures("host")
+def test_a_container_of_a_pod_without_sums_has_its_vm_enlarged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        sandbox, container = await world.started()
+        for asked, name in ((sums(2**40), "memory_limit_in_bytes"), (sums(64 * MIB, 100), "cpu_quota")):
+            with pytest.raises(ExhaustedError, match=name):
+                await world.service.update_container(container, asked)
+        assert size_of(world) == (1, 1, 512)
+        await world.service.update_container(container, sums(800 * MIB, 2))
+        assert size_of(world) == (2, 2, 896)
+        # With sums the pod's own size comes first.
+        await world.service.update_sandbox(sandbox, None, sums(800 * MIB, 2))
+        with pytest.raises(ExhaustedError, match="memory_limit_in_bytes"):
+            await world.service.update_container(container, sums(2000 * MIB))
+        assert size_of(world) == (2, 2, 896)
+
+    run(tmp_path, monkeypatch, test)

@@ -140,15 +140,43 @@ async def test_without_a_pool_nothing_is_booted_ahead(machine: Machine) -> None:
         assert not machine.vms.vms[live.record.vm_id].spec.background
 
 
-async def test_a_larger_pod_boots_cold_and_a_smaller_one_is_served(machine: Machine) -> None:
+async def test_a_waiting_vm_is_enlarged_for_a_larger_pod(machine: Machine) -> None:
     async with machine.daemon() as table:
         await until(lambda: table.pool.waiting() == 1)
         (waiting,) = table.pool.vm_ids()
-        large = table.sandboxes[await run_sandbox(table, sandbox("large", memory=4 * GIB))]
-        assert large.record.vm_id != waiting
-        assert machine.vms.vms[large.record.vm_id].spec.memory_bytes > 4 * GIB
+        large = table.sandboxes[await run_sandbox(table, sandbox("large", memory=600 * 1024**2))]
+        assert large.record.vm_id == waiting
+        assert large.record.memory_bytes == 696 * 1024**2
+        assert machine.vms.vms[waiting].spec.memory_bytes == 696 * 1024**2
+        assert "plug" in large.record.phases_ms
+        await until(lambda: table.pool.waiting() == 1)
         small = table.sandboxes[await run_sandbox(table, sandbox("small", memory=64 * 1024**2))]
-        assert small.record.vm_id == waiting
+        assert small.record.memory_bytes == 512 * 1024**2
+        assert "plug" not in small.record.phases_ms
+
+
+async def test_a_pod_starts_not_at_all_when_its_vm_cannot_be_enlarged(machine: Machine) -> None:
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        (waiting,) = table.pool.vm_ids()
+        hypervisor(table).failures["resize"] = [VmError("the guest did not plug memory")]
+        with pytest.raises(VmError, match="did not plug"):
+            await run_sandbox(table, sandbox("large", memory=600 * 1024**2))
+        assert not table.sandboxes
+        assert waiting not in machine.vms.vms
+
+
+async def test_a_vm_that_cannot_grow_serves_no_larger_pod(machine: Machine) -> None:
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        (vm,) = table.pool._waiting
+        # As a version left it that could not enlarge VMs.
+        old = dataclasses.replace(vm.record, max_vcpus=0, max_memory_bytes=0)
+        table.pool._waiting[:] = [dataclasses.replace(vm, record=old)]
+        large = table.sandboxes[await run_sandbox(table, sandbox("large", memory=600 * 1024**2))]
+        assert large.record.vm_id != old.vm_id
+        small = table.sandboxes[await run_sandbox(table, sandbox("small"))]
+        assert small.record.vm_id == old.vm_id
 
 
 async def test_handlers_do_not_share(machine: Machine) -> None:

@@ -56,6 +56,7 @@ class Service:
             "ReleaseVolume": (pb.ReleaseVolumeRequest, self.release_volume),
             "PublishFiles": (pb.PublishFilesRequest, self.publish_files),
             "ReleaseDisk": (pb.ReleaseDiskRequest, self.release_disk),
+            "SetCpus": (pb.SetCpusRequest, self.set_cpus),
             "Shutdown": (pb.ShutdownRequest, self.shutdown),
         }
 
@@ -180,6 +181,12 @@ class Service:
         except OSError as e:
             raise status.from_os_error(e, f"release disk {request.serial}") from e
         return pb.ReleaseDiskResponse()
+
+    def set_cpus(self, request: pb.SetCpusRequest, deadline: float) -> pb.SetCpusResponse:
+        """Bring CPUs online or offline."""
+        from vmrt.agent import cpus
+
+        return pb.SetCpusResponse(online=cpus.set_online(request.online, deadline))
 
     def shutdown(self, request: pb.ShutdownRequest, deadline: float) -> pb.ShutdownResponse:
         """Kill everything and unmount the volumes, so that all of what was written to them is with the host.

@@ -132,6 +132,11 @@ class AgentClient:
         """Have the guest give up a layer disk; `FailedPreconditionError` while containers use it."""
         await self._call("ReleaseDisk", pb.ReleaseDiskRequest(serial=serial), pb.ReleaseDiskResponse, timeout_s)
 
+    async def set_cpus(self, online: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Have exactly so many CPUs online, also ones that are being plugged."""
+        request = pb.SetCpusRequest(online=online)
+        await self._call("SetCpus", request, pb.SetCpusResponse, timeout_s)
+
     async def shutdown(self, *, timeout_s: float = 10.0) -> None:
         """Kill every container, write back and unmount its volumes."""
         request = pb.ShutdownRequest(timeout_ms=int(timeout_s * 800))

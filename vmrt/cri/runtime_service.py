@@ -33,9 +33,10 @@ _OUTPUT_LIMIT_BYTES = REPLY_LIMIT_BYTES - 4096
 _TIMEOUT_LIMIT_S = 10 * 365 * 86400
 
 
-def cgroup_driver(mark: Path = Path("/run/systemd/system")) -> cri.CgroupDriver.ValueType:
-    """Return how cgroup_parent is to be spelt on this host: systemd's way where it is running (sd_booted(3))."""
-    return cri.SYSTEMD if mark.is_dir() else cri.CGROUPFS
+def cgroup_driver(setting: str = "auto", mark: Path = Path("/run/systemd/system")) -> cri.CgroupDriver.ValueType:
+    """Return how cgroup_parent is to be spelt: as configured, else systemd's way where it is running (sd_booted(3))."""
+    systemd = setting == "systemd" or (setting == "auto" and mark.is_dir())
+    return cri.SYSTEMD if systemd else cri.CGROUPFS
 
 
 def fit_output(stdout: bytes, stderr: bytes, limit: int = _OUTPUT_LIMIT_BYTES) -> tuple[bytes, bytes]:
@@ -47,14 +48,14 @@ def fit_output(stdout: bytes, stderr: bytes, limit: int = _OUTPUT_LIMIT_BYTES) -
 
 
 class RuntimeService(StatsCalls, cri_grpc.RuntimeServiceServicer):
-    """`handlers` are the names of the configured RuntimeClass handlers."""
+    """`handlers` are the names of the configured RuntimeClass handlers, `driver` is the configured cgroup driver."""
 
-    def __init__(self, pods: Pods, handlers: Sequence[str], streams: StreamUrls) -> None:
+    def __init__(self, pods: Pods, handlers: Sequence[str], streams: StreamUrls, driver: str = "auto") -> None:
         self._pods = pods
         self._streams = streams
         self._handlers = tuple(handlers)
         self._features = statuses.Features()
-        self._driver = cgroup_driver()
+        self._driver = cgroup_driver(driver)
         self._sandbox_items = statuses.Translated(statuses.sandbox_item)
         self._container_items = statuses.Translated(statuses.container_item)
 

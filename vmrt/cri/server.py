@@ -57,7 +57,7 @@ class CriServer:
             config,
             pods,
             images,
-            RuntimeService(pods, tuple(config.of_vms().handlers), streams),
+            RuntimeService(pods, tuple(config.of_vms().handlers), streams, config.hypervisor.cgroup_driver),
             ImageService(images),
             ControlService(pods, images),
         )

@@ -27,6 +27,9 @@ EARLY: tuple[str, ...] = (
     "overlay",
     "virtiofs",
     "virtio_rng",
+    # Memory: what is plugged, and what the guest has freed (vmrt/hypervisor/domain.py).
+    "virtio_mem",
+    "virtio_balloon",
 )
 
 # Path prefixes below kernel/; whatever they depend on comes with them.

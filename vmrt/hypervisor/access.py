@@ -39,6 +39,16 @@ class QemuUser:
         return cls(uid, gid, frozenset((gid, *os.getgrouplist(user, gid))))
 
 
+def kvm_group(device: Path = Path("/dev/kvm")) -> int | None:
+    """Return the group that a user without a name needs in order to open KVM; None when everybody may, or no group."""
+    try:
+        status = device.stat()
+    except OSError:
+        return None
+    open_to_all = status.st_mode & 0o006 == 0o006
+    return None if open_to_all or status.st_mode & 0o060 != 0o060 else status.st_gid
+
+
 ROOT_USER = QemuUser(0, 0, frozenset((0,)))
 
 

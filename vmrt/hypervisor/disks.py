@@ -21,6 +21,7 @@ def prepare(disk: Disk, user: QemuUser, *, resource: str) -> None:
     """Check that QEMU's user will be able to open a disk, and give it the one that is its own. Raises `VmError`."""
     require_readable(disk.path, user, resource=resource, readonly=disk.readonly)
     if not disk.readonly:
+        disk.path.chmod(0o600)
         os.chown(disk.path, *user.owner)
 
 

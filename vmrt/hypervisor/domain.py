@@ -2,9 +2,10 @@
 
 Source: libvirt's "Domain XML format" (formatdomain), QEMU's documentation of the q35 machine and vhost-user devices.
 
-The machine has what a pod needs and nothing else: no video, USB, balloon, RTC extras or option ROMs. Devices sit on the
-root complex itself (bus 0) at fixed slots: every PCIe root port that libvirt would otherwise add costs the guest kernel
-a bus to enumerate, and nothing but SCSI LUNs is hot-plugged.
+The machine has what a pod needs and nothing else: no video, USB, RTC extras or option ROMs. Devices sit on the root
+complex itself (bus 0) at fixed slots: every PCIe root port that libvirt would otherwise add costs the guest kernel a
+bus to enumerate, and no PCI device is hot-plugged. Disks are SCSI LUNs, memory is what a virtio-mem device that is
+there from the start gives and takes, CPUs come by ACPI.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from vmrt.model import Disk, VmSpec
+from vmrt.model import Disk, VmSize, VmSpec
 
 METADATA_URI = "urn:vmrt:domain:1"
 QEMU_URI = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -24,7 +25,13 @@ SHARE_TAG = "share"
 QBOOT = Path("/usr/share/qemu/qboot.rom")
 
 # Slots on pcie.0. 0x00 is the host bridge, 0x01 what libvirt keeps for a display, 0x1f the ICH9.
-_SLOT_ROOT, _SLOT_SCSI, _SLOT_RNG, _SLOT_NIC, _SLOT_VSOCK, _SLOT_SHARE = range(0x02, 0x08)
+_SLOT_ROOT, _SLOT_SCSI, _SLOT_RNG, _SLOT_NIC, _SLOT_VSOCK, _SLOT_SHARE, _SLOT_MEMORY, _SLOT_BALLOON = range(0x02, 0x0A)
+
+# QEMU gives memory in pieces of a huge page; Linux takes it in pieces of two (mm: MAX_ORDER_NR_PAGES).
+_PLUG_BLOCK_BYTES = 2 * 1024**2
+PLUG_UNIT_BYTES = 4 * 1024**2
+# Zones for what is plugged: as much of it as the kernel's own share allows is made movable, so that it can go again.
+_HOTPLUG_CMDLINE = ("memhp_default_state=online", "memory_hotplug.online_policy=auto-movable")
 
 # libvirt's domain names end in file names with a prefix of their own; NAME_MAX is 255.
 _NAME_LIMIT = 200
@@ -47,6 +54,7 @@ class Wiring:
     console_socket: Path
     vsock: VsockDevice
     share_socket: Path | None = None
+    owner: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +78,13 @@ def kernel_cmdline(spec: VmSpec) -> str:
     """
     given = spec.guest.cmdline.split()
     keys = {word.partition("=")[0] for word in given}
-    wanted = ("console=ttyS0", "panic=-1")
+    wanted = ("console=ttyS0", "panic=-1", *(_HOTPLUG_CMDLINE if pluggable_bytes(spec) else ()))
     return " ".join([*given, *(word for word in wanted if word.partition("=")[0] not in keys)])
+
+
+def pluggable_bytes(spec: VmSpec) -> int:
+    """Return how much memory can be plugged into the VM, in whole units."""
+    return max(0, spec.max_memory_bytes - spec.memory_bytes) // PLUG_UNIT_BYTES * PLUG_UNIT_BYTES
 
 
 def units_of(spec: VmSpec) -> dict[str, int]:
@@ -135,8 +148,11 @@ def domain_xml(spec: VmSpec, wiring: Wiring) -> str:
     domain = ET.Element("domain", type="kvm" if wiring.accelerator == "kvm" else "qemu")
     _text(domain, "name", domain_name(wiring.instance, spec.vm_id))
     _metadata(domain, spec, wiring)
-    _text(domain, "memory", str(spec.memory_bytes), unit="b")
-    _text(domain, "vcpu", str(spec.vcpus))
+    most = max(spec.vcpus, spec.max_vcpus)
+    if extra := pluggable_bytes(spec):
+        _text(domain, "maxMemory", str(spec.memory_bytes + extra), unit="b", slots="1")
+    _text(domain, "memory", str(spec.memory_bytes + extra), unit="b")
+    _text(domain, "vcpu", str(most), **({"current": str(spec.vcpus)} if most > spec.vcpus else {}))
     shared = wiring.vsock.vhost_user_socket is not None or wiring.share_socket is not None
     if shared:
         # A vhost-user process maps the guest's memory: it must be a file descriptor that can be passed on.
@@ -144,10 +160,18 @@ def domain_xml(spec: VmSpec, wiring: Wiring) -> str:
         ET.SubElement(backing, "source", type="memfd")
         ET.SubElement(backing, "access", mode="shared")
     _boot(domain, spec)
-    _processor(domain, wiring.accelerator)
+    cpu = _processor(domain, wiring.accelerator)
+    if extra:
+        # Memory can be plugged into a NUMA node only: the one that there is.
+        cell = {"id": "0", "cpus": f"0-{most - 1}", "memory": str(spec.memory_bytes), "unit": "b"}
+        ET.SubElement(ET.SubElement(cpu, "numa"), "cell", cell | ({"memAccess": "shared"} if shared else {}))
     for event in ("on_poweroff", "on_reboot", "on_crash"):
         _text(domain, event, "destroy")
     _devices(domain, spec, wiring)
+    if wiring.owner is not None:
+        # relabel: what QEMU opens is given to it by us, no file of the host changes hands behind our back.
+        label = ET.SubElement(domain, "seclabel", type="static", model="dac", relabel="no")
+        _text(label, "label", "+{}:+{}".format(*wiring.owner))
     _command_line(domain, wiring)
     return ET.tostring(domain, encoding="unicode")
 
@@ -179,18 +203,19 @@ def _boot(domain: ET.Element, spec: VmSpec) -> None:
     _text(os, "cmdline", kernel_cmdline(spec))
 
 
-def _processor(domain: ET.Element, accelerator: str) -> None:
+def _processor(domain: ET.Element, accelerator: str) -> ET.Element:
     features = ET.SubElement(domain, "features")
     ET.SubElement(features, "acpi")
     ET.SubElement(features, "vmport", state="off")
     if accelerator == "kvm":
-        ET.SubElement(domain, "cpu", mode="host-passthrough", check="none", migratable="off")
+        cpu = ET.SubElement(domain, "cpu", mode="host-passthrough", check="none", migratable="off")
     else:
         # Everything TCG can emulate, but not five-level paging, which only makes every table walk longer.
         cpu = ET.SubElement(domain, "cpu", mode="maximum", check="none")
         ET.SubElement(cpu, "feature", policy="disable", name="la57")
     clock = ET.SubElement(domain, "clock", offset="utc")
     ET.SubElement(clock, "timer", name="hpet", present="no")
+    return cpu
 
 
 def _devices(domain: ET.Element, spec: VmSpec, wiring: Wiring) -> None:
@@ -209,7 +234,11 @@ def _devices(domain: ET.Element, spec: VmSpec, wiring: Wiring) -> None:
     # A restarted daemon listens again at the same path, and QEMU comes back to it.
     ET.SubElement(source, "reconnect", enabled="yes", timeout="1")
     ET.SubElement(serial, "target", type="isa-serial", port="0")
-    ET.SubElement(devices, "memballoon", model="none")
+    # Never inflated: it is there to tell the host which pages the guest has freed (free page reporting).
+    balloon = ET.SubElement(devices, "memballoon", model="virtio", freePageReporting="on", autodeflate="off")
+    _pci(balloon, _SLOT_BALLOON)
+    if extra := pluggable_bytes(spec):
+        devices.append(_pluggable_memory(extra))
     rng = ET.SubElement(devices, "rng", model="virtio")
     ET.SubElement(rng, "backend", model="builtin")
     _pci(rng, _SLOT_RNG)
@@ -223,6 +252,59 @@ def _devices(domain: ET.Element, spec: VmSpec, wiring: Wiring) -> None:
         ET.SubElement(share, "source", socket=str(wiring.share_socket))
         ET.SubElement(share, "target", dir=SHARE_TAG)
         _pci(share, _SLOT_SHARE)
+
+
+def _pluggable_memory(size_bytes: int) -> ET.Element:
+    memory = ET.Element("memory", model="virtio-mem")
+    target = ET.SubElement(memory, "target")
+    _text(target, "size", str(size_bytes), unit="b")
+    _text(target, "node", "0")
+    _text(target, "block", str(_PLUG_BLOCK_BYTES), unit="b")
+    _text(target, "requested", "0", unit="b")
+    _pci(memory, _SLOT_MEMORY)
+    return memory
+
+
+def size_in(xml: str) -> VmSize:
+    """Return the size of a live domain: what the guest has, and what it can be given."""
+    root = ET.fromstring(xml)
+    most = int(root.findtext("vcpu", "1"))
+    element = root.find("vcpu")
+    vcpus = most if element is None else int(element.get("current", most))
+    target = root.find("./devices/memory[@model='virtio-mem']/target")
+    if target is None:
+        memory = _bytes(root.find("memory"))
+        return VmSize(vcpus, memory, most, memory, memory)
+    base = sum(_bytes(cell, "memory") for cell in root.iterfind("./cpu/numa/cell"))
+    return VmSize(vcpus, base + _bytes(target.find("current")), most, base + _bytes(target.find("size")), base)
+
+
+def memory_request_xml(xml: str, memory_bytes: int) -> str | None:
+    """Return a live domain's memory device, changed so that it comes to `memory_bytes` in all; None without one.
+
+    What the guest is asked to plug is rounded up to whole units.
+    """
+    root = ET.fromstring(xml)
+    device = root.find("./devices/memory[@model='virtio-mem']")
+    requested = None if device is None else device.find("./target/requested")
+    if device is None or requested is None:
+        return None
+    base = sum(_bytes(cell, "memory") for cell in root.iterfind("./cpu/numa/cell"))
+    plugged = -(-max(0, memory_bytes - base) // PLUG_UNIT_BYTES) * PLUG_UNIT_BYTES
+    requested.text = str(plugged)
+    requested.set("unit", "b")
+    return ET.tostring(device, encoding="unicode")
+
+
+_UNITS = {"b": 1, "bytes": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+
+
+def _bytes(element: ET.Element | None, attribute: str = "") -> int:
+    """Return a size of libvirt's: an element's text, or the attribute of one, with the unit beside it."""
+    if element is None:
+        return 0
+    text = element.get(attribute, "0") if attribute else element.text or "0"
+    return int(text) * _UNITS[element.get("unit", "KiB")]
 
 
 def _root_disk(rootfs: Path) -> ET.Element:

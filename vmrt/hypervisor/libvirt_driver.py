@@ -16,18 +16,29 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 
 from vmrt import spawn
-from vmrt.agent.layout import PROTOCOL_VERSION
 from vmrt.config import HypervisorConfig
 from vmrt.errors import AlreadyExistsError, VmError, VmGoneError, VmrtError
-from vmrt.hypervisor import access, disks, domain, emulator, priority, vhost_vsock, virtiofsd
+from vmrt.hypervisor import (
+    access,
+    cgroup,
+    disks,
+    domain,
+    emulator,
+    placement,
+    priority,
+    size,
+    vhost_vsock,
+    virtiofsd,
+    vm_users,
+)
 from vmrt.hypervisor.accel import Accelerator, KvmProbe
 from vmrt.hypervisor.access import ROOT_USER, QemuUser, require_passable, require_readable, require_short
 from vmrt.hypervisor.console import Console, ConsoleRing
 from vmrt.hypervisor.libvirt_host import DomainChange, LibvirtHost
 from vmrt.hypervisor.record import Helper, VmPaths, VmRecord, paths_of, read, write
-from vmrt.hypervisor.vm import Vm, VmState, wait_gone
+from vmrt.hypervisor.vm import Vm, VmState, until_ready, wait_gone
 from vmrt.hypervisor.vsock import KERNEL_DEVICE, Connection, HybridVsock, KernelVsock, KernelVsockListener, Vsock
-from vmrt.model import Disk, VmEvent, VmEventKind, VmSpec
+from vmrt.model import Disk, VmEvent, VmEventKind, VmSize, VmSpec
 from vmrt.spawn import ProcessId
 
 log = logging.getLogger(__name__)
@@ -51,6 +62,8 @@ class LibvirtHypervisor:
         self._root = root
         self._host = LibvirtHost(config.uri, root, user=config.qemu_user, group=config.qemu_group)
         self._user = ROOT_USER
+        self._users: vm_users.VmUsers | None = None  # None: all VMs share `_user`
+        self._cgroups = cgroup.here(config.cgroup_driver)
         self._emulator = config.qemu_binary
         probe = KvmProbe(config.qemu_binary, config.qemu_user, config.qemu_group, root / "kvm.json")
         self._accelerator = Accelerator(config.accelerator, probe)
@@ -73,6 +86,7 @@ class LibvirtHypervisor:
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self.close)
             await self._accelerator.choose()
+            self._users = vm_users.choose(self._config, self._vms_directory, self.accelerator)
             if self._config.vsock == "kernel" or (self._config.vsock == "auto" and os.access(KERNEL_DEVICE, os.W_OK)):
                 self._listener = KernelVsockListener()
                 self._listener.open()
@@ -112,20 +126,14 @@ class LibvirtHypervisor:
             await earlier.forgotten.wait()
         if spec.vm_id in self._vms:
             raise AlreadyExistsError("a VM with this id exists", phase="boot", resource=resource)
-        paths = paths_of(self._vms_directory, spec.vm_id)
-        for path in (spec.guest.kernel, spec.guest.initramfs, spec.guest.rootfs):
-            if path is not None:
-                require_readable(path, self._user, resource=resource)
-        for disk in spec.disks:
-            disks.prepare(disk, self._user, resource=resource)
-        vm = self._new_vm(VmRecord(spec.vm_id, "kernel" if self._listener else "vhost-user"), paths)
+        vm = self._new_vm(self._new_record(spec.vm_id), paths_of(self._vms_directory, spec.vm_id))
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self._tear_down, vm)
             self._vms[spec.vm_id] = vm
             try:
                 async with asyncio.timeout(self._config.boot_timeout_s):
                     await self._start(vm, spec)
-                    await self._wait_ready(vm)
+                    await until_ready(vm)
             except TimeoutError as e:
                 raise VmError(
                     f"the guest's agent did not report within {self._config.boot_timeout_s:g} s",
@@ -143,6 +151,8 @@ class LibvirtHypervisor:
                     hint=e.hint,
                     console=vm.console.tail(_CONSOLE_IN_ERRORS_BYTES),
                 ) from e
+            if spec.cgroup_parent:
+                await placement.place(self._cgroups, vm, spec.cgroup_parent, cgroup.Part.LATE)
             if spec.background and vm.record.qemu is not None:
                 await asyncio.to_thread(priority.set_nice, vm.record.qemu, priority.NORMAL)
             vm.note(ready=True)
@@ -155,18 +165,25 @@ class LibvirtHypervisor:
 
     async def _start(self, vm: Vm, spec: VmSpec) -> None:
         """Make the VM's directory, helpers and domain; the caller undoes."""
+        for path in (spec.guest.kernel, spec.guest.initramfs, spec.guest.rootfs):
+            if path is not None:
+                require_readable(path, vm.user, resource=f"vm {vm.vm_id}")
+        for disk in spec.disks:
+            disks.prepare(disk, vm.user, resource=f"vm {vm.vm_id}")
         await self._accelerator.prove(spec.guest.kernel)
-        self._prepare_files(vm, spec)
-        await vm.console.listen(self._user.owner)
+        vm.paths.sockets.mkdir(mode=0o700)
+        os.chown(vm.paths.sockets, *vm.user.owner)
+        write(vm.paths, vm.record)
+        await vm.console.listen(vm.user.owner)
         await vm.vsock.listen()
         share_socket = None
         if spec.share_dir is not None:
             binary = virtiofsd.find(self._config.virtiofsd)
-            process = await virtiofsd.start(binary, spec.share_dir, vm.paths.virtiofs, self._user.owner)
+            process = await virtiofsd.start(binary, spec.share_dir, vm.paths.virtiofs, vm.user.owner)
             vm.note_helper(Helper.VIRTIOFSD, process)
             share_socket = vm.paths.virtiofs
         if vm.vsock.device.vhost_user_socket is not None:
-            process = vhost_vsock.start(self._config.vhost_device_vsock, vm.paths, self._user.owner)
+            process = vhost_vsock.start(self._config.vhost_device_vsock, vm.paths, vm.user.owner)
             vm.note_helper(Helper.VHOST_VSOCK, process)
             await vhost_vsock.wait_listening(process, self._config.vhost_device_vsock, vm.paths)
         wiring = domain.Wiring(
@@ -176,34 +193,19 @@ class LibvirtHypervisor:
             console_socket=vm.paths.console_socket,
             vsock=vm.vsock.device,
             share_socket=share_socket,
+            owner=vm.record.owner,
         )
-        live = await self._host.create(domain.domain_xml(spec, wiring), resource=f"vm {vm.vm_id}")
+        xml, placed = domain.domain_xml(spec, wiring), bool(spec.cgroup_parent)
+        live = await self._host.create(xml, resource=f"vm {vm.vm_id}", paused=placed)
         vm.disks = domain.units_of(spec)
         self._take_qemu(vm)
+        if placed:
+            await placement.place(self._cgroups, vm, spec.cgroup_parent, cgroup.Part.EARLY)
+            await self._host.resume(vm.domain)
         if spec.background and vm.record.qemu is not None:
             await asyncio.to_thread(priority.set_nice, vm.record.qemu, priority.BACKGROUND)
         vm.vsock.started(domain.cid_in(live))
         vm.watch(self._on_end)
-
-    async def _wait_ready(self, vm: Vm) -> None:
-        """Wait for the notice or for the VM's end, whichever is first."""
-        ready = asyncio.create_task(vm.vsock.ready())
-        ended = asyncio.create_task(vm.ended.wait())
-        try:
-            await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
-            if not ready.done():
-                detail = vm.end.detail if vm.end is not None else "QEMU ended"
-                raise VmError(f"the VM ended before its agent reported: {detail}")
-            notice = ready.result()
-        finally:
-            for task in (ready, ended):
-                task.cancel()
-            await asyncio.gather(ready, ended, return_exceptions=True)
-        if notice.protocol != PROTOCOL_VERSION:
-            raise VmError(
-                f"the guest's agent speaks protocol {notice.protocol}, this daemon {PROTOCOL_VERSION}",
-                hint="build the guest image again: `vmrt guest build`",
-            )
 
     async def destroy(self, vm_id: str) -> None:
         """Kill a VM and remove all that belongs to it on the host; a VM that does not exist is no error."""
@@ -250,9 +252,12 @@ class LibvirtHypervisor:
                 vm.teardown = None  # the next destroy tries again
                 raise
             self._host.drop_log(vm.domain)
+        cgroup.remove(Path(path) for path in vm.record.cgroups)
         await vm.vsock.close()
         await vm.console.close()
         await asyncio.to_thread(shutil.rmtree, vm.paths.directory, ignore_errors=True)
+        if vm.record.owner is not None and self._users is not None:
+            self._users.give_back(vm.record.owner[0], vm.paths.directory)
         if self._vms.get(vm.vm_id) is vm:
             del self._vms[vm.vm_id]
 
@@ -299,7 +304,7 @@ class LibvirtHypervisor:
     async def attach_disk(self, vm_id: str, disk: Disk) -> None:
         """Hot-plug a disk; one that is attached already (same serial) is no error."""
         async with self._while_it_runs(vm_id, "attach disk") as vm:
-            await disks.attach(self._host, vm, disk, self._user)
+            await disks.attach(self._host, vm, disk, vm.user)
 
     async def detach_disk(self, vm_id: str, serial: str) -> None:
         """Hot-unplug a disk; one that is not attached is no error."""
@@ -310,6 +315,21 @@ class LibvirtHypervisor:
         """Tell the guest the size that a host block device has now; return it in octets."""
         async with self._while_it_runs(vm_id, "resize disk") as vm:
             return await disks.resized(self._host, vm, serial)
+
+    async def place(self, vm_id: str, cgroup_parent: str) -> None:
+        """Put a VM's processes below a host cgroup."""
+        async with self._while_it_runs(vm_id, "cgroup") as vm:
+            await placement.place(self._cgroups, vm, cgroup_parent, *cgroup.Part)
+
+    async def resize(self, vm_id: str, vcpus: int, memory_bytes: int) -> VmSize:
+        """Enlarge a VM to at least this size, or ask it to give memory back; return what it has then."""
+        async with self._while_it_runs(vm_id, "resize") as vm:
+            return await size.resize(self._host, vm, vcpus, memory_bytes)
+
+    async def size(self, vm_id: str) -> VmSize:
+        """Return what a VM has, and what it can be enlarged to."""
+        async with self._while_it_runs(vm_id, "inspect") as vm:
+            return domain.size_in(await self._host.live_xml(vm.domain))
 
     async def events(self) -> AsyncIterator[VmEvent]:
         """Yield the ends of VMs, each once, also of those that ended while nobody listened since `open`."""
@@ -404,31 +424,37 @@ class LibvirtHypervisor:
         live = await self._host.live_xml(vm.domain)
         vm.disks = domain.disks_in(live)
         vm.vsock.started(domain.cid_in(live))
-        await vm.console.listen(self._user.owner)
+        await vm.console.listen(vm.user.owner)
         vm.move(VmState.RUNNING)
         vm.watch(self._on_end)
         return True
 
     # --- small things -----------------------------------------------------------------------------------------------
 
+    def _new_record(self, vm_id: str) -> VmRecord:
+        """Make a VM's directory, empty, and find it a user."""
+        directory = paths_of(self._vms_directory, vm_id).directory
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(mode=0o711)
+        directory.chmod(0o711)
+        vsock = "kernel" if self._listener else "vhost-user"
+        try:
+            return VmRecord(vm_id, vsock, owner=None if self._users is None else self._users.take(directory).owner)
+        except (OSError, VmrtError) as e:
+            directory.rmdir()
+            raise VmError(f"no user id for the VM: {e}", phase="boot", resource=f"vm {vm_id}") from e
+
     def _new_vm(self, record: VmRecord, paths: VmPaths) -> Vm:
+        user = self._user if record.owner is None else QemuUser(*record.owner, frozenset((record.owner[1],)))
         ring = ConsoleRing(paths.directory / "console", self._config.console_limit_bytes)
         ring.load()
         vsock: Vsock
         if record.vsock == "kernel" and self._listener is not None:
             vsock = KernelVsock(self._listener)
         else:
-            vsock = HybridVsock(paths.vsock, paths.ready, paths.vhost_vsock, self._user.owner)
+            vsock = HybridVsock(paths.vsock, paths.ready, paths.vhost_vsock, user.owner)
         name = domain.domain_name(self._instance, record.vm_id)
-        return Vm(record, paths, Console(paths.console_socket, ring), vsock, name)
-
-    def _prepare_files(self, vm: Vm, spec: VmSpec) -> None:
-        shutil.rmtree(vm.paths.directory, ignore_errors=True)
-        vm.paths.directory.mkdir(mode=0o711)
-        vm.paths.directory.chmod(0o711)
-        vm.paths.sockets.mkdir(mode=0o700)
-        os.chown(vm.paths.sockets, *self._user.owner)
-        write(vm.paths, vm.record)
+        return Vm(record, paths, Console(paths.console_socket, ring), vsock, name, user)
 
     def _take_qemu(self, vm: Vm) -> None:
         """Learn QEMU's identity from libvirt's pid file and record it."""

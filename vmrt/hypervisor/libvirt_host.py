@@ -73,6 +73,8 @@ def qemu_conf(user: str, group: str) -> str:
         "remember_owner": 0,
         "seccomp_sandbox": 1,
         "clear_emulator_capabilities": 1,
+        # VMs go into their pods' cgroups (vmrt.hypervisor.cgroup); libvirt would take CPUs that it plugs out again.
+        "cgroup_controllers": [],
         # virtlogd is a daemon; what QEMU itself says goes to a file, and the console never goes there.
         "stdio_handler": "file",
         "max_core": 0,
@@ -195,13 +197,18 @@ class LibvirtHost:
         except OSError as e:
             raise VmError(str(e), phase=phase, resource=resource) from e
 
-    async def create(self, xml: str, *, resource: str) -> str:
-        """Start a transient domain; return its live XML."""
+    async def create(self, xml: str, *, resource: str, paused: bool = False) -> str:
+        """Start a transient domain; return its live XML. One that is `paused` runs no guest before `resume`."""
 
         def create() -> str:
-            return str(self._connection.createXML(xml, 0).XMLDesc(0))
+            flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+            return str(self._connection.createXML(xml, flags).XMLDesc(0))
 
         return await self.call(create, phase="boot", resource=resource)
+
+    async def resume(self, name: str) -> None:
+        """Let the guest of a paused domain run."""
+        await self.call(lambda: self._connection.lookupByName(name).resume(), phase="boot", resource=name)
 
     async def live_xml(self, name: str) -> str:
         """Return a running domain's XML."""
@@ -233,6 +240,22 @@ class LibvirtHost:
             self._connection.lookupByName(name).blockResize(target, size_bytes, flags)
 
         await self.call(resize, phase="resize disk", resource=name)
+
+    async def set_vcpus(self, name: str, vcpus: int) -> None:
+        """Hot-plug CPUs."""
+
+        def plug() -> None:
+            self._connection.lookupByName(name).setVcpusFlags(vcpus, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+        await self.call(plug, phase="plug CPUs", resource=name)
+
+    async def update(self, name: str, device_xml: str) -> None:
+        """Change a device."""
+
+        def update() -> None:
+            self._connection.lookupByName(name).updateDeviceFlags(device_xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+        await self.call(update, phase="change device", resource=name)
 
     async def exists(self, name: str) -> bool:
         """Say whether libvirt still knows a domain."""

@@ -1,8 +1,8 @@
 """Did the host kill a process for memory? The kernel's log is the one place that says it for every kind of OOM kill.
 
 Source: mm/oom_kill.c prints "Killed process <pid> (<comm>)" after "Out of memory" or "Memory cgroup out of memory";
-Documentation/ABI/testing/dev-kmsg describes the records ("priority,sequence,microseconds,flags;text"). A memory
-cgroup's counters would say how often, but not whom, and are gone with the cgroup.
+Documentation/ABI/testing/dev-kmsg describes the records ("priority,sequence,microseconds,flags;text"). Where it may not
+be read, the counters of a VM's own memory cgroup say that somebody in it was killed (vmrt.hypervisor.cgroup).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
         vm.json                    this record, replaced atomically
         console, console.1         the bounded console (vmrt.hypervisor.console), root only
         console.sock               QEMU connects to it; bound by us
-        s/                         owned by QEMU's user: what unprivileged helpers bind
+        s/                         owned by the VM's user: what unprivileged helpers bind
             vsock, vsock_1026      the hybrid vsock socket, and where the guest's ready notice arrives
             vhost, fs              vhost-user control sockets
         d/                         root's: device nodes of host block devices, one a disk, named by serial
@@ -109,7 +109,9 @@ class VmRecord:
     """What adoption needs and libvirt does not know.
 
     `ready` turns true once the guest has reported: a record without it is a boot that a dead daemon left half-way.
-    `helpers` is written before QEMU starts, so that a crash at any point leaves no helper unaccounted for.
+    `helpers` is written before QEMU starts, so that a crash at any point leaves no helper unaccounted for. `owner` is
+    the uid and gid that the VM has for itself, None for one that runs as the user that all share; `cgroups` are the
+    directories of the host's cgroups that are made for it.
     """
 
     vm_id: str
@@ -117,6 +119,8 @@ class VmRecord:
     ready: bool = False
     qemu: ProcessId | None = None
     helpers: dict[Helper, ProcessId] = dataclasses.field(default_factory=dict)
+    owner: tuple[int, int] | None = None
+    cgroups: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the text of `vm.json`."""
@@ -126,6 +130,8 @@ class VmRecord:
                 "vsock": self.vsock,
                 "ready": self.ready,
                 "qemu": _process_json(self.qemu),
+                "owner": self.owner,
+                "cgroups": self.cgroups,
                 "helpers": {helper.value: _process_json(process) for helper, process in self.helpers.items()},
             },
             indent=1,
@@ -141,6 +147,8 @@ class VmRecord:
                 vsock=str(raw["vsock"]),
                 ready=bool(raw["ready"]),
                 qemu=_process(raw["qemu"]),
+                owner=_owner(raw.get("owner")),
+                cgroups=tuple(str(path) for path in raw.get("cgroups", ())),
                 helpers={Helper(name): _must(_process(value)) for name, value in raw["helpers"].items()},
             )
         except (KeyError, TypeError, AttributeError) as e:
@@ -156,6 +164,13 @@ def _process(raw: Any) -> ProcessId | None:
         return None
     pid, start_ticks = raw
     return ProcessId(int(pid), int(start_ticks))
+
+
+def _owner(raw: Any) -> tuple[int, int] | None:
+    if raw is None:
+        return None
+    uid, gid = raw
+    return int(uid), int(gid)
 
 
 def _must(process: ProcessId | None) -> ProcessId:

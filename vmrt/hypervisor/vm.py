@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vmrt import spawn
-from vmrt.errors import IllegalTransitionError
-from vmrt.hypervisor import oom
+from vmrt.agent.layout import PROTOCOL_VERSION
+from vmrt.errors import IllegalTransitionError, VmError
+from vmrt.hypervisor import cgroup, oom
+from vmrt.hypervisor.access import QemuUser
 from vmrt.hypervisor.console import Console
 from vmrt.hypervisor.record import Helper, VmPaths, VmRecord, write
 from vmrt.hypervisor.vsock import Vsock
@@ -54,8 +56,11 @@ OnEnd = Callable[["Vm", VmEventKind, str], None]
 class Vm:
     """One VM. `end` is set once, by whoever sees it first: libvirt, a helper's death, or our own destroy."""
 
-    def __init__(self, record: VmRecord, paths: VmPaths, console: Console, vsock: Vsock, domain: str) -> None:
+    def __init__(
+        self, record: VmRecord, paths: VmPaths, console: Console, vsock: Vsock, domain: str, user: QemuUser
+    ) -> None:
         self.record = record
+        self.user = user
         self.paths = paths
         self.console = console
         self.vsock = vsock
@@ -68,6 +73,7 @@ class Vm:
         self.forgotten = asyncio.Event()  # and its name is free
         self.disks: dict[str, int] = {}
         self.disks_lock = asyncio.Lock()
+        self.size_lock = asyncio.Lock()
         self.teardown: asyncio.Task[None] | None = None
         self.watches: list[ProcessWatch] = []
 
@@ -120,13 +126,17 @@ class Vm:
         """Say how QEMU, which has ended, ended."""
         if self.shutting_down:
             return VmEventKind.STOPPED, "the guest shut down, rebooted or panicked"
-        if self.record.qemu is not None and oom.killed(self.record.qemu):
+        if self.record.qemu is not None and self._oom_killed(self.record.qemu):
             return VmEventKind.OOM_KILLED, "the host killed QEMU for memory"
         return VmEventKind.CRASHED, "QEMU was killed or failed"
 
     def _helper_lost(self, helper: Helper, process: ProcessId, on_end: OnEnd) -> None:
-        kind = VmEventKind.OOM_KILLED if oom.killed(process) else VmEventKind.CRASHED
+        kind = VmEventKind.OOM_KILLED if self._oom_killed(process) else VmEventKind.CRASHED
         on_end(self, kind, f"{helper.value} (pid {process.pid}) ended")
+
+    def _oom_killed(self, process: ProcessId) -> bool:
+        """Ask the kernel's log, and the counters of the VM's own cgroups where it may not be read."""
+        return oom.killed(process) or cgroup.oom_kills(Path(path) for path in self.record.cgroups) > 0
 
     def processes_alive(self) -> bool:
         """Say whether QEMU and all helpers run."""
@@ -147,6 +157,27 @@ class Vm:
         for watch in self.watches:
             watch.close()
         self.watches.clear()
+
+
+async def until_ready(vm: Vm) -> None:
+    """Wait for the notice or for the VM's end, whichever is first."""
+    ready = asyncio.create_task(vm.vsock.ready())
+    ended = asyncio.create_task(vm.ended.wait())
+    try:
+        await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
+        if not ready.done():
+            detail = vm.end.detail if vm.end is not None else "QEMU ended"
+            raise VmError(f"the VM ended before its agent reported: {detail}")
+        notice = ready.result()
+    finally:
+        for task in (ready, ended):
+            task.cancel()
+        await asyncio.gather(ready, ended, return_exceptions=True)
+    if notice.protocol != PROTOCOL_VERSION:
+        raise VmError(
+            f"the guest's agent speaks protocol {notice.protocol}, this daemon {PROTOCOL_VERSION}",
+            hint="build the guest image again: `vmrt guest build`",
+        )
 
 
 class ProcessWatch:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from vmrt.model import Disk, Image, PodNetwork, RegistryAuth, SandboxSpec, VmEvent, VmSpec
+from vmrt.model import Disk, Image, PodNetwork, RegistryAuth, SandboxSpec, VmEvent, VmSize, VmSpec
 from vmrt.spawn import ProcessId
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -69,6 +69,27 @@ class Hypervisor(Protocol):
 
     async def resize_disk(self, vm_id: str, serial: str) -> int:
         """Tell the guest the size that an attached host block device has now; return it in octets."""
+        ...
+
+    async def place(self, vm_id: str, cgroup_parent: str) -> None:
+        """Put a VM's processes below a host cgroup (CRI cgroup_parent), which is made where it is missing.
+
+        `InvalidArgumentError` for one that is no name of a cgroup. What the host has no controller for is told once, as
+        a warning. `destroy` removes what this made.
+        """
+        ...
+
+    async def resize(self, vm_id: str, vcpus: int, memory_bytes: int) -> VmSize:
+        """Give a VM this size while it runs; return what it has then.
+
+        Growing: all of it, or an error and what the VM had. `ExhaustedError`, before anything has changed, for more
+        than its spec's maximum. The guest has the memory when this returns; new CPUs it has yet to bring online.
+        Shrinking: memory as far as the guest lets go of it, which may go on afterwards; CPUs are never taken away.
+        """
+        ...
+
+    async def size(self, vm_id: str) -> VmSize:
+        """Return what a VM has, and what it can be enlarged to."""
         ...
 
     def events(self) -> AsyncIterator[VmEvent]:

@@ -5,8 +5,8 @@ makes it one pod's (addresses, hostname, machine id, clock, random seed) comes w
 
 Rules:
 - one VM serves one pod, ever: a claim deletes the pool's record of it, and nothing puts a VM back;
-- a pod gets a VM of its own handler and of the handler's present guest image, at least as large as it needs; a pod
-  that needs more boots cold;
+- a pod gets a VM of its own handler and of the handler's present guest image, one that is as large as it needs or can
+  be enlarged to that; a pod that needs still more boots cold;
 - a claim neither waits nor fails: it is a look into memory. Recovery tells a claimed VM from a waiting one by the
   sandbox's record, which is written before the pool's is deleted;
 - refilling is background work: one VM at a time, at low priority, when no pod is being started and the host has memory
@@ -63,6 +63,14 @@ class PoolRecord:
     ready: bool = False
     # What `hypervisor` of the configuration was when it was made: "" by a version that did not keep it.
     settings: str = ""
+    # What it can be enlarged to; 0 in a record of a version that could not.
+    max_vcpus: int = 0
+    max_memory_bytes: int = 0
+
+    def reaches(self, vcpus: int, memory_bytes: int) -> bool:
+        """Say whether it has this size, or can be given it."""
+        most = max(self.vcpus, self.max_vcpus), max(self.memory_bytes, self.max_memory_bytes)
+        return most[0] >= vcpus and most[1] >= memory_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +136,13 @@ class Pool:
     # --- claims -------------------------------------------------------------------------------------------------------
 
     def find(self, handler: str, guest_version: str, vcpus: int, memory_bytes: int) -> WaitingVm | None:
-        """Return a VM that fits, without claiming it; call `claim` before anything is awaited."""
+        """Return a VM that fits or can be made to, without claiming it; call `claim` before anything is awaited."""
         alive = set(self._table.hypervisor.list())
         for vm in self._waiting:
             record = vm.record
             if (
                 (record.handler, record.guest_version) == (handler, guest_version)
-                and record.vcpus >= vcpus
-                and record.memory_bytes >= memory_bytes
+                and record.reaches(vcpus, memory_bytes)
                 and record.vm_id in alive
             ):
                 return vm
@@ -271,6 +278,7 @@ class Pool:
     async def _add(self, kind: Kind) -> None:
         table = self._table
         vm_id = table.new_vm_id()
+        max_vcpus, max_memory_bytes = sizing.reach(kind.vcpus, kind.memory_bytes, table.config.hypervisor)
         record = PoolRecord(
             vm_id=vm_id,
             handler=kind.handler,
@@ -281,6 +289,8 @@ class Pool:
             mac=pod_vm.device_mac(),
             created_ns=time.time_ns(),
             settings=kind.settings,
+            max_vcpus=max_vcpus,
+            max_memory_bytes=max_memory_bytes,
         )
         spec = VmSpec(
             vm_id=vm_id,
@@ -290,6 +300,8 @@ class Pool:
             tap=record.tap,
             mac=record.mac,
             background=True,
+            max_vcpus=max_vcpus,
+            max_memory_bytes=max_memory_bytes,
         )
         began = time.monotonic()
         self._busy.add(vm_id)

@@ -1,7 +1,7 @@
 """UpdateContainerResources and UpdatePodSandboxResources: all of a change or nothing of it.
 
-What a request does not set stays. A VM keeps the size that it was booted with: what fits succeeds, what needs more is
-refused by name before anything has changed.
+What a request does not set stays. A pod's VM grows before its containers may use more, and gives back after they use
+less. What it cannot grow to, or what is in use, is refused by name before anything has changed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+from vmrt.agent_client import AgentClient
 from vmrt.errors import ExhaustedError, FailedPreconditionError, InvalidArgumentError, VmGoneError, VmrtError
 from vmrt.model import LinuxResources
 from vmrt.pods import oci, sizing
@@ -21,7 +22,10 @@ from vmrt.pods.table import LiveContainer, LiveSandbox, PodTable
 log = logging.getLogger(__name__)
 
 _MIB = 1024**2
-_HINT = "this version does not plug CPUs or memory into a running VM; the pod has to be made anew"
+_HINT = "the pod's own sums come first (UpdatePodSandboxResources): they say how large its VM is"
+# What the guest itself has to keep when a VM shrinks.
+_SPARE_BYTES = 32 * _MIB
+_PLUG_TIMEOUT_S = 60.0
 
 
 def merged(old: LinuxResources, change: LinuxResources) -> LinuxResources:
@@ -95,6 +99,7 @@ async def update_container(table: PodTable, live: LiveContainer, change: LinuxRe
         old = record.spec.resources
         wanted = merged(old, change)
         try:
+            await _make_room(table, sandbox, wanted)
             check(wanted, old, *vm_size(table, sandbox.record))
             if wanted != old:
                 await _check_usage(sandbox, live, wanted, old)
@@ -136,11 +141,36 @@ async def _apply(sandbox: LiveSandbox, live: LiveContainer, wanted: LinuxResourc
         raise
 
 
+async def _make_room(table: PodTable, sandbox: LiveSandbox, wanted: LinuxResources) -> None:
+    """Enlarge the VM of a pod that told no sums, for what one of its containers is to have."""
+    sums = sandbox.record.spec.resources or LinuxResources()
+    alone = LinuxResources(
+        cpu_period_us=0 if sums.cpu_quota_us > 0 else wanted.cpu_period_us,
+        cpu_quota_us=0 if sums.cpu_quota_us > 0 else wanted.cpu_quota_us,
+        memory_limit_bytes=0 if sums.memory_limit_bytes > 0 else wanted.memory_limit_bytes,
+    )
+    async with sandbox.size_lock:
+        record = sandbox.record
+        _, handler = table.handler(record.spec.runtime_handler)
+        has_vcpus, has_bytes = vm_size(table, record)
+        spec = replace(record.spec, resources=alone)
+        vcpus, memory_bytes = sizing.asked(spec, table.config.hypervisor, handler)
+        if alone.memory_limit_bytes <= has_bytes:
+            memory_bytes = has_bytes
+        if vcpus > has_vcpus or memory_bytes > has_bytes:
+            vcpus, memory_bytes = max(vcpus, has_vcpus), max(memory_bytes, has_bytes)
+            try:
+                memory_bytes = await fit(table, sandbox, sandbox.need_agent(), vcpus, memory_bytes)
+            except ExhaustedError:
+                return  # what the VM has is compared, and refused by name, next
+            table.save_sandbox(sandbox, replace(sandbox.record, vcpus=vcpus, memory_bytes=memory_bytes))
+
+
 async def update_sandbox(
     table: PodTable, live: LiveSandbox, overhead: LinuxResources | None, resources: LinuxResources | None
 ) -> None:
-    """Record a pod's new sums when its VM is large enough for them, else change nothing."""
-    async with live.lock:
+    """Give a pod's VM the size of the pod's new sums, and record them; on any failure nothing has changed."""
+    async with live.lock, live.size_lock:
         record = live.record
         if record.state is not SandboxState.READY:
             raise FailedPreconditionError(
@@ -152,26 +182,70 @@ async def update_sandbox(
         spec = replace(
             record.spec, overhead=overhead or record.spec.overhead, resources=resources or record.spec.resources
         )
-        vcpus, memory_bytes = vm_size(table, record)
         _, handler = table.handler(record.spec.runtime_handler)
-        wanted_vcpus, wanted_memory = sizing.size(spec, table.config.hypervisor, handler)
-        for name, wanted, has in (
-            ("resources.memory_limit_in_bytes", wanted_memory, memory_bytes),
-            ("resources.cpu_quota", wanted_vcpus, vcpus),
-        ):
-            if wanted > has:
-                needs = f"{_mib(wanted)}, has {_mib(has)}" if has > 4096 else f"{wanted} CPUs, has {has}"
-                raise ExhaustedError(
-                    f"{name}: the pod's VM would need {needs}",
-                    phase="resize",
-                    resource=f"sandbox {live.id}",
-                    hint=_HINT,
-                )
-        table.save_sandbox(live, replace(record, spec=spec, vcpus=vcpus, memory_bytes=memory_bytes))
+        config = table.config.hypervisor
+        vcpus, memory_bytes = sizing.asked(spec, config, handler)
+        has_vcpus, has_bytes = vm_size(table, record)
+        try:
+            for name, wanted, most, unit in (
+                ("resources.memory_limit_in_bytes", memory_bytes // _MIB, sizing.most(config)[1] // _MIB, "MiB"),
+                ("resources.cpu_quota", vcpus, sizing.most(config)[0], "CPUs"),
+            ):
+                if wanted > most:
+                    raise ExhaustedError(f"{name}: the pod's VM would need {wanted} {unit}, it may have {most} {unit}")
+            if memory_bytes < has_bytes:
+                await _check_vm_usage(live, memory_bytes)
+            if (vcpus, memory_bytes) != (has_vcpus, has_bytes):
+                memory_bytes = await fit(table, live, live.need_agent(), vcpus, memory_bytes)
+        except VmrtError as e:
+            e.phase, e.resource = "resize", f"sandbox {live.id}"
+            raise
+        table.save_sandbox(live, replace(live.record, spec=spec, vcpus=vcpus, memory_bytes=memory_bytes))
+
+
+async def _check_vm_usage(live: LiveSandbox, memory_bytes: int) -> None:
+    said = await live.need_agent().container_stats()
+    used = said.sandbox.usage.memory_working_set_bytes + _SPARE_BYTES
+    if used > memory_bytes:
+        raise FailedPreconditionError(
+            f"resources.memory_limit_in_bytes: the pod's VM would shrink to {_mib(memory_bytes)}, it uses {_mib(used)}"
+        )
+
+
+async def fit(table: PodTable, live: LiveSandbox, agent: AgentClient, vcpus: int, memory_bytes: int) -> int:
+    """Plug what a running VM lacks and give back what it has too much; on failure it is as it was.
+
+    Return the octets of memory that it comes to, not less than it was booted with. Memory that the guest does not let
+    go of at once goes later. CPUs too many stay plugged, and offline.
+    """
+    vm_id, (has_vcpus, has_bytes) = live.record.vm_id, vm_size(table, live.record)
+    has = await table.hypervisor.size(vm_id)
+    try:
+        # Up before the guest is told of new CPUs, down after it has let go of them.
+        if vcpus < has_vcpus:
+            await agent.set_cpus(vcpus, timeout_s=_PLUG_TIMEOUT_S)
+        if vcpus > has.vcpus or memory_bytes != has.memory_bytes:
+            await table.hypervisor.resize(vm_id, vcpus, memory_bytes)
+        if vcpus > has_vcpus:
+            await agent.set_cpus(vcpus, timeout_s=_PLUG_TIMEOUT_S)
+        return max(memory_bytes, has.min_memory_bytes)
+    except BaseException:
+        await uncancelled(_as_before(table, vm_id, agent, has_vcpus, has_bytes))
+        raise
+
+
+async def _as_before(table: PodTable, vm_id: str, agent: AgentClient, vcpus: int, memory_bytes: int) -> None:
+    try:
+        await table.hypervisor.resize(vm_id, vcpus, memory_bytes)
+        await agent.set_cpus(vcpus, timeout_s=_PLUG_TIMEOUT_S)
+    except VmGoneError:
+        pass
+    except VmrtError as e:
+        log.error("vm %s: not back at its size after a failed resize: %s", vm_id, e)
 
 
 def vm_size(table: PodTable, record: SandboxRecord) -> tuple[int, int]:
-    """Return (vcpus, octets of memory) that the sandbox's VM was booted with."""
+    """Return (vcpus, octets of memory) that the sandbox's VM was given."""
     if record.vcpus and record.memory_bytes:
         return record.vcpus, record.memory_bytes
     _, handler = table.handler(record.spec.runtime_handler)

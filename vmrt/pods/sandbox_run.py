@@ -8,14 +8,14 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent_client import AgentClient
 from vmrt.errors import DeadlineError, UnavailableError, VmError, VmGoneError, VmrtError
 from vmrt.model import DnsConfig, NamespaceMode, NamespaceOptions, PodNetwork, SandboxSpec, VmSpec
-from vmrt.pods import pod_vm, resolv, scratch, sizing
+from vmrt.pods import pod_vm, resize, resolv, scratch, sizing
 from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import watch
 from vmrt.pods.records import SandboxRecord, SandboxState
@@ -64,6 +64,8 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
     # Nothing is awaited from here to the claim, so the VM found is still there.
     pooled = table.pool.find(handler_name, guest.version, vcpus, memory_bytes)
     vm_id = table.new_vm_id() if pooled is None else pooled.record.vm_id
+    # What a VM of the pool has more than is needed stays; what it has less is plugged.
+    has = (vcpus, memory_bytes) if pooled is None else (pooled.record.vcpus, pooled.record.memory_bytes)
     live = table.add_sandbox(
         SandboxRecord(
             id=sandbox_id,
@@ -73,8 +75,8 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
             vm_id=vm_id,
             tap=pod_vm.tap_of(vm_id),
             guest_version=guest.version,
-            vcpus=vcpus,
-            memory_bytes=memory_bytes,
+            vcpus=has[0],
+            memory_bytes=has[1],
         )
     )
     try:
@@ -83,8 +85,10 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
             table.pool.claim(pooled)
         with table.pool.starting():
             if pooled is not None:
-                network = await _network(table, live, pooled.record.mac, phases)
+                fitted = _fit(table, live, max(vcpus, has[0]), max(memory_bytes, has[1]), phases)
+                _, network = await both(fitted, _network(table, live, pooled.record.mac, phases))
             else:
+                max_vcpus, max_memory_bytes = sizing.reach(vcpus, memory_bytes, table.config.hypervisor)
                 vm = VmSpec(
                     vm_id=vm_id,
                     guest=guest,
@@ -92,6 +96,9 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
                     memory_bytes=memory_bytes,
                     tap=live.record.tap,
                     mac=pod_vm.device_mac(),
+                    max_vcpus=max_vcpus,
+                    max_memory_bytes=max_memory_bytes,
+                    cgroup_parent=spec.cgroup_parent,
                 )
                 network = await _vm_and_network(table, live, vm, phases)
             await both(_join(table, live, phases), _configure(table, live, network, phases))
@@ -145,6 +152,20 @@ async def _configure(table: PodTable, live: LiveSandbox, network: PodNetwork, ph
             resource=f"sandbox {live.id}",
             console=table.hypervisor.console_tail(live.record.vm_id, _CONSOLE_BYTES),
         ) from e
+
+
+async def _fit(table: PodTable, live: LiveSandbox, vcpus: int, memory_bytes: int, phases: Phases) -> None:
+    """Put a VM of the pool below the pod's cgroup, and plug what it lacks for this pod."""
+    if parent := live.record.spec.cgroup_parent:
+        with phases.phase("cgroup"):
+            await table.hypervisor.place(live.record.vm_id, parent)
+    if (vcpus, memory_bytes) == (live.record.vcpus, live.record.memory_bytes):
+        return
+    if live.agent is None:
+        raise VmGoneError("the virtual machine has no agent", phase="plug")
+    with phases.phase("plug"):
+        memory_bytes = await resize.fit(table, live, live.agent, vcpus, memory_bytes)
+    table.save_sandbox(live, replace(live.record, vcpus=vcpus, memory_bytes=memory_bytes))
 
 
 async def _network(table: PodTable, live: LiveSandbox, mac: str, phases: Phases) -> PodNetwork:

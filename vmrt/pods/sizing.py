@@ -2,7 +2,10 @@
 
 kubelet sends the sum of the containers' limits (`linux.resources`) and the RuntimeClass's overhead; memory is 0 there
 when any container is unlimited, and then the configured default applies. What the guest's kernel and agent need comes
-on top, so that a container can use what it was promised.
+on top, so that a container can use what it was promised. Of the RuntimeClass's overhead the guest gets what QEMU does
+not use itself: both together have to stay below the limit that kubelet makes of the two sums.
+
+A limit is no request: a VM is never larger than the host, or than the operator allows.
 """
 
 from __future__ import annotations
@@ -10,9 +13,16 @@ from __future__ import annotations
 import os
 
 from vmrt.config import HandlerConfig, HypervisorConfig
-from vmrt.model import SandboxSpec
+from vmrt.model import LinuxResources, SandboxSpec
 
-_ALIGN = 2 * 1024**2
+_MIB = 1024**2
+_ALIGN = 2 * _MIB
+_PERIOD_US = 100_000  # what the kernel takes when none is named
+# What QEMU and a VM's helpers take beside the guest's memory.
+_VMM_BYTES = 64 * _MIB
+# What a VM can be enlarged to costs a little even when it is not: for each CPU in the guest, for each page in QEMU.
+_LIKELY_VCPUS = 32
+_LIKELY_MEMORY_BYTES = 32 * 1024**3
 
 
 def unasked(config: HypervisorConfig, handler: HandlerConfig) -> tuple[int, int]:
@@ -21,14 +31,46 @@ def unasked(config: HypervisorConfig, handler: HandlerConfig) -> tuple[int, int]
 
 
 def size(spec: SandboxSpec, config: HypervisorConfig, handler: HandlerConfig) -> tuple[int, int]:
-    """Return (vcpus, memory in octets, a multiple of 2 MiB); at most the host's CPUs."""
+    """Return (vcpus, memory in octets, a multiple of 2 MiB) of a pod's VM; at most what `most` says."""
+    wanted_vcpus, wanted_bytes = asked(spec, config, handler)
+    most_vcpus, most_bytes = most(config)
+    return min(wanted_vcpus, most_vcpus), min(wanted_bytes, max(most_bytes, _least(config)))
+
+
+def asked(spec: SandboxSpec, config: HypervisorConfig, handler: HandlerConfig) -> tuple[int, int]:
+    """Return (vcpus, octets) that the pod's limits come to, whatever the host has."""
     vcpus = handler.vcpus or config.default_vcpus
     memory = handler.memory_bytes or config.default_memory_bytes
-    limits = spec.resources
+    limits, overhead = spec.resources, spec.overhead or LinuxResources()
     if limits is not None:
-        if limits.cpu_quota_us > 0 and limits.cpu_period_us > 0:
-            vcpus = max(vcpus, -(-limits.cpu_quota_us // limits.cpu_period_us))
+        if limits.cpu_quota_us > 0:
+            millis = _millicpus(limits) + _millicpus(overhead)
+            vcpus = max(vcpus, -(-millis // 1000))
         if limits.memory_limit_bytes > 0:
-            memory = limits.memory_limit_bytes + config.overhead_memory_bytes
-    memory = max(memory, config.overhead_memory_bytes + 32 * 1024**2)
-    return min(vcpus, os.cpu_count() or 1), -(-memory // _ALIGN) * _ALIGN
+            guest = max(config.overhead_memory_bytes, overhead.memory_limit_bytes - _VMM_BYTES)
+            memory = limits.memory_limit_bytes + guest
+    memory = max(memory, _least(config))
+    return vcpus, -(-memory // _ALIGN) * _ALIGN
+
+
+def most(config: HypervisorConfig) -> tuple[int, int]:
+    """Return (vcpus, octets) that a VM may have: what is configured, else what the host has."""
+    vcpus = config.max_vcpus or os.cpu_count() or 1
+    memory = config.max_memory_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return vcpus, memory // _ALIGN * _ALIGN
+
+
+def reach(vcpus: int, memory_bytes: int, config: HypervisorConfig) -> tuple[int, int]:
+    """Return (vcpus, octets) that a VM which boots with this size can be enlarged to."""
+    most_vcpus, most_bytes = most(config)
+    likely_vcpus = config.max_vcpus or min(most_vcpus, _LIKELY_VCPUS)
+    likely_bytes = config.max_memory_bytes or min(most_bytes, _LIKELY_MEMORY_BYTES)
+    return max(vcpus, likely_vcpus), max(memory_bytes, likely_bytes // _ALIGN * _ALIGN)
+
+
+def _least(config: HypervisorConfig) -> int:
+    return -(-(config.overhead_memory_bytes + 32 * _MIB) // _ALIGN) * _ALIGN
+
+
+def _millicpus(limits: LinuxResources) -> int:
+    return max(0, limits.cpu_quota_us) * 1000 // (limits.cpu_period_us or _PERIOD_US)

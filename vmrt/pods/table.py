@@ -42,6 +42,8 @@ class LiveSandbox:
 
     record: SandboxRecord
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # Who changes the VM's size; the innermost lock, since a container's update may come to it while it holds its own.
+    size_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     agent: AgentClient | None = None
     events: asyncio.Task[None] | None = None
     # Layer disks by serial: a future that ends when the disk is in the VM.
