@@ -308,7 +308,12 @@ def identify(pid: int) -> ProcessId | None:
         return None
     # The command name may hold spaces and parentheses: fields are counted from the last ")".
     fields = stat[stat.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else ProcessId(pid, int(fields[19]))
+    if fields[0] in "ZX":
+        # It ended between the two looks.
+        if child is not None and child.poll() is not None:
+            _children.pop(pid, None)
+        return None
+    return ProcessId(pid, int(fields[19]))
 
 
 def alive(process: ProcessId) -> bool:
