@@ -21,6 +21,7 @@ from vmrt.agent.layout import READY_PORT
 from vmrt.hypervisor import virtiofsd
 from vmrt.model import GuestImage
 
+QBOOT = Path("/usr/share/qemu/qboot.rom")
 _TIMEOUT_S = 60.0
 
 
@@ -99,6 +100,18 @@ def _devices(guest: GuestImage, directory: Path, tap: str, extra: Extra | None) 
     return arguments
 
 
+def _command(guest: GuestImage, devices: list[str], *, kvm: bool, firmware: Path | None, extra: str = "") -> list[str]:
+    accelerator = "kvm" if kvm else "tcg"
+    initramfs = ["-initrd", str(guest.initramfs)] if guest.initramfs else []
+    return [
+        "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-machine", f"q35,accel={accelerator},memory-backend=mem,vmport=off,hpet={'off' if kvm else 'on'}",
+        "-cpu", "host" if kvm else "max,la57=off", "-smp", "1", "-m", "512M",
+        *(["-bios", str(firmware)] if firmware else []), "-kernel", str(guest.kernel), *initramfs,
+        "-append", f"{guest.cmdline} console=ttyS0 panic=-1{extra}", *devices,
+    ]  # fmt: skip
+
+
 @contextlib.contextmanager
 def bare_vm(
     guest: GuestImage,
@@ -108,11 +121,12 @@ def bare_vm(
     number: int,
     kvm: bool,
     extra: Extra | None = None,
+    firmware: Path | None = QBOOT,
 ) -> Iterator[Bare]:
     """Boot a bare VM in `directory` and yield it when its agent is ready; kill it at the end.
 
-    `number` tells those of one process apart. Raises `RuntimeError` with the console's end when it does not come up
-    within a minute.
+    `number` tells those of one process apart; `firmware` None is QEMU's own choice (SeaBIOS). Raises `RuntimeError`
+    with the console's end when it does not come up within a minute.
     """
     directory.mkdir(parents=True)
     devices = _devices(guest, directory, f"vtb{os.getpid()}x{number}", extra)
@@ -128,15 +142,8 @@ def bare_vm(
     helpers = [helper] if extra is None else [helper, extra.serve(directory)]
     while not (directory / "vhost").exists():
         time.sleep(0.001)
-    initramfs = ["-initrd", str(guest.initramfs)] if guest.initramfs else []
     qemu = subprocess.Popen(
-        [
-            "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-machine", f"q35,accel={'kvm' if kvm else 'tcg'},memory-backend=mem,vmport=off,hpet=off",
-            "-cpu", "host" if kvm else "max,la57=off", "-smp", "1", "-m", "512M",
-            "-bios", "/usr/share/qemu/qboot.rom", "-kernel", str(guest.kernel), *initramfs,
-            "-append", f"{guest.cmdline} console=ttyS0 panic=-1", *devices,
-        ],
+        _command(guest, devices, kvm=kvm, firmware=firmware),
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -157,6 +164,27 @@ def bare_vm(
         if qemu.stderr is not None:
             qemu.stderr.close()
         listener.close()
+
+
+def kernel_alone_s(guest: GuestImage, directory: Path, *, number: int, kvm: bool, firmware: Path | None) -> float:
+    """Return how long a VM lives whose kernel finds no program to start: QEMU, firmware and kernel, and no more.
+
+    With `panic=-1` and `-no-reboot` its panic is QEMU's end. It has all the devices but the vsock, whose helper it
+    would need. Raises `RuntimeError` when it ends otherwise.
+    """
+    directory.mkdir(parents=True)
+    devices = _devices(guest, directory, f"vtk{os.getpid()}x{number}", None)
+    for option in ("-chardev", "-device"):  # the vsock's
+        index = next(i for i, word in enumerate(devices) if word == option and "vsock" in devices[i + 1])
+        del devices[index : index + 2]
+    command = _command(guest, devices, kvm=kvm, firmware=firmware, extra=" init=/absent rdinit=/absent")
+    began = time.monotonic()
+    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=_TIMEOUT_S)
+    lasted_s = time.monotonic() - began
+    said = (directory / "console").read_text(errors="replace")
+    if "Kernel panic" not in said:
+        raise RuntimeError(f"the kernel did not end by its panic; its console ends:\n{said[-2000:]}")
+    return lasted_s
 
 
 def pss_bytes(pid: int) -> int:

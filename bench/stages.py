@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from bench import density, lifecycle, lists, portforward, pull, volumes
+from bench import boot, density, lifecycle, lists, portforward, pull, volumes
 from bench.stand import Stage
 
 STAGES: tuple[Stage, ...] = (
     lifecycle.STAGE,
+    boot.STAGE,
     lists.LISTS,
     lists.RECORDED,
     density.STAGE,

@@ -213,8 +213,10 @@ def _processor(domain: ET.Element, accelerator: str) -> ET.Element:
         # Everything TCG can emulate, but not five-level paging, which only makes every table walk longer.
         cpu = ET.SubElement(domain, "cpu", mode="maximum", check="none")
         ET.SubElement(cpu, "feature", policy="disable", name="la57")
+    # Without kvm-clock or an HPET a kernel that finds its emulated TSC uneven is left with counting ticks, and a busy host
+    # takes ticks away: the guest's time stood still and jumped.
     clock = ET.SubElement(domain, "clock", offset="utc")
-    ET.SubElement(clock, "timer", name="hpet", present="no")
+    ET.SubElement(clock, "timer", name="hpet", present="no" if accelerator == "kvm" else "yes")
     return cpu
 
 
