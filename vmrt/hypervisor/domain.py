@@ -213,8 +213,8 @@ def _processor(domain: ET.Element, accelerator: str) -> ET.Element:
         # Everything TCG can emulate, but not five-level paging, which only makes every table walk longer.
         cpu = ET.SubElement(domain, "cpu", mode="maximum", check="none")
         ET.SubElement(cpu, "feature", policy="disable", name="la57")
-    # Without kvm-clock or an HPET a kernel that finds its emulated TSC uneven is left with counting ticks, and a busy host
-    # takes ticks away: the guest's time stood still and jumped.
+    # KVM has a clock of its own. An emulated CPU's TSC is measured against the HPET: without one the kernel is left
+    # with counting ticks, of which a busy host takes some away, and the guest's time stands still and jumps.
     clock = ET.SubElement(domain, "clock", offset="utc")
     ET.SubElement(clock, "timer", name="hpet", present="no" if accelerator == "kvm" else "yes")
     return cpu
