@@ -397,6 +397,15 @@ def test_containers_of_a_pod_share_its_user_namespace(mapped: Pod) -> None:
     mapped.remove(first)
 
 
+def test_standard_streams_can_be_opened_in_a_user_namespace(mapped: Pod) -> None:
+    script = "echo one > /dev/stdout; echo two > /proc/self/fd/2"
+    assert mapped.output("sh", "-c", script, linux=in_userns()) == "one\n"
+    container = mapped.run("sleep", "1000", linux=in_userns())
+    done = mapped.execute(container, "sh", "-c", script)
+    assert (done.stdout, done.stderr, done.exit_code) == (b"one\n", b"two\n", 0)
+    mapped.remove(container)
+
+
 @pytest.mark.parametrize("pid", [cri.POD, cri.CONTAINER])
 def test_a_user_in_a_user_namespace(mapped: Pod, pid: cri.NamespaceMode.ValueType) -> None:
     linux = container_linux(
