@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import boot, density, lifecycle, lists, portforward, pull, volumes
+from bench import boot, density, exec, lifecycle, lists, portforward, pull, volumes
 from bench.stand import Stage
 
 STAGES: tuple[Stage, ...] = (
@@ -12,6 +12,7 @@ STAGES: tuple[Stage, ...] = (
     lists.RECORDED,
     density.STAGE,
     pull.STAGE,
+    exec.STAGE,
     portforward.STAGE,
     volumes.STAGE,
 )
