@@ -442,7 +442,7 @@ async def verify(attachment: Attachment, timeout_s: float, command: str = "CHECK
 
 def to_record(attachment: Attachment) -> bytes:
     """Return the attachment as JSON for the disk."""
-    return json.dumps({"format": 1, **dataclasses.asdict(attachment)}, indent=1).encode()
+    return json.dumps({"format": 1, **dataclasses.asdict(attachment)}).encode()
 
 
 def from_record(text: bytes) -> Attachment:
