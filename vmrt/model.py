@@ -333,7 +333,6 @@ class VmSpec:
     disks: tuple[Disk, ...] = ()
     tap: str = ""
     mac: str = ""
-    mtu: int = 1500
     share_dir: Path | None = None
     background: bool = False
     max_vcpus: int = 0

@@ -350,7 +350,7 @@ def _nic(spec: VmSpec) -> ET.Element:
     ET.SubElement(nic, "mac", address=spec.mac)
     ET.SubElement(nic, "target", dev=spec.tap, managed="no")
     ET.SubElement(nic, "model", type="virtio")
-    ET.SubElement(nic, "mtu", size=str(spec.mtu))
+    # No <mtu>: it would be the most that the guest may set, and a VM of the pool does not know its network's yet.
     ET.SubElement(nic, "rom", enabled="no")
     _pci(nic, _SLOT_NIC)
     return nic
