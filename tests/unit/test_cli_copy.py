@@ -197,9 +197,9 @@ def test_any_archive_stays_in_its_place(
 def packed(source: Path, name: str) -> bytes:
     with copy._pipe() as (reading, writing):
         out = bytearray()
-        worker = copy._Worker(lambda: copy._pack(source, name, writing.take()), writing)
+        worker = copy._Worker(lambda: copy._pack(source, name, writing.fd), writing)
         with worker.blamed_first():
-            while data := os.read(reading.take(), 65536):
+            while data := os.read(reading.fd, 65536):
                 out += data
     return bytes(out)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmrt import cni, netns
+from vmrt import cni, netbridge, netns
+from vmrt.config import NetworkConfig
 from vmrt.errors import NetworkError
 from vmrt.fallback_network import (
     NatSupport,
@@ -23,7 +25,7 @@ from vmrt.fallback_network import (
     network_name,
 )
 from vmrt.model import GuestRoute
-from vmrt.netbridge import guest_addresses, guest_routes, masqueraded, pod_network
+from vmrt.netbridge import NetBridge, guest_addresses, guest_routes, masqueraded, pod_network
 from vmrt.netns import InterfaceState, Joint, KernelRoute, in_thread, redirect_plan, to_the_end
 
 CONNECTED = KernelRoute("10.0.0.0/24", source="10.0.0.2", scope=253, connected=True)
@@ -254,3 +256,34 @@ async def test_failure_under_cancellation_is_the_cancellations_cause() -> None:
     with pytest.raises(asyncio.CancelledError) as caught:
         await task
     assert isinstance(caught.value.__cause__, NetworkError)
+
+
+# --- the node's pod ranges, and UDP -----------------------------------------------------------------------------------
+
+
+async def test_pod_ranges_outlive_the_daemon(tmp_path: Path) -> None:
+    ranges = ("10.0.3.0/24", "fd00:3::/64")
+    await NetBridge(NetworkConfig(), tmp_path, "x").set_pod_ranges(ranges)
+    assert netbridge.read_pod_ranges(tmp_path / "pod-ranges.json") == ranges
+    before = (tmp_path / "pod-ranges.json").stat().st_ino
+    await NetBridge(NetworkConfig(), tmp_path, "x").set_pod_ranges(ranges)
+    assert (tmp_path / "pod-ranges.json").stat().st_ino == before, "written anew without a change"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"ranges": 1}', b"\xff"])
+def test_damaged_pod_ranges_are_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "ranges").write_bytes(content)
+    assert netbridge.read_pod_ranges(tmp_path / "ranges") == ()
+    assert netbridge.read_pod_ranges(tmp_path / "absent") == ()
+
+
+def test_only_published_udp_has_flows_to_forget() -> None:
+    conflist = cni.ConfList("net", "1.0.0", ({"type": "bridge"},), "x")
+    mapping = {"hostPort": 5353, "containerPort": 53, "protocol": "udp", "hostIP": ""}
+    result = {"ips": [{"address": "10.0.0.2/24"}, {"address": "fd00::2/64"}]}
+    attachment = cni.Attachment("id", "/n", "eth0", "", {"portMappings": [mapping]}, conflist, (), result)
+    assert netbridge.udp_published(attachment) == ("10.0.0.2", "fd00::2")
+    assert netbridge.udp_published(replace(attachment, result=None)) == ()
+    tcp = {"portMappings": [{**mapping, "protocol": "tcp"}]}
+    assert netbridge.udp_published(replace(attachment, capability_args=tcp)) == ()
+    assert netbridge.udp_published(replace(attachment, capability_args={})) == ()

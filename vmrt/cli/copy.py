@@ -30,7 +30,6 @@ from vmrt.errors import Code, InvalidArgumentError, VmrtError
 
 if TYPE_CHECKING:
     from vmrt.cli.client import Daemon
-    from vmrt.cli.streams import Wanted
 
 # What ends an archive, which is all of an empty one.
 _EMPTY_ARCHIVE = bytes(1024)
@@ -117,13 +116,10 @@ class RemoteTar:
             stderr=True,
         )
         said = bytearray()
-        wanted: Wanted = Wanted(stdin_fd >= 0, False, stdin_fd=stdin_fd, stdout_fd=stdout_fd, collected=said)
+        wanted = Wanted(stdin_fd >= 0, False, stdin_fd=stdin_fd, stdout_fd=stdout_fd, collected=said)
         try:
-
-            def url() -> str:
-                return self._daemon.call(self._daemon.runtime.Exec, request).url
-
-            status = process(url(), wanted, tls_of(self._options), Hooks(checkpoint=self._checkpoint), url)
+            url = self._daemon.call(self._daemon.runtime.Exec, request).url
+            status = process(url, wanted, tls_of(self._options), Hooks(checkpoint=self._checkpoint))
         except VmrtError:
             self._check_for_tar()
             raise
@@ -140,9 +136,9 @@ class RemoteTar:
     def is_directory(self, path: str) -> bool:
         """Say whether files can be unpacked into `path`: only a directory can be changed into."""
         with _pipe() as (reading, writing):
-            os.write(writing.take(), _EMPTY_ARCHIVE)
+            os.write(writing.fd, _EMPTY_ARCHIVE)
             writing.close()
-            return self.run(["-x", "-f", "-", "-C", path], stdin_fd=reading.take())[0] == 0
+            return self.run(["-x", "-f", "-", "-C", path], stdin_fd=reading.fd)[0] == 0
 
     def _check_for_tar(self) -> None:
         """Raise a clearer error where the container has no tar."""
@@ -187,10 +183,10 @@ def copy_out(tar: RemoteTar, path: str, destination: str) -> None:
             below, name = target, ""
     unpacker = Unpacker(below, base, name, lambda text: click.echo(f"vmrt: {printable(text)}", err=True))
     with contextlib.closing(unpacker), _pipe() as (reading, writing):
-        work = _Worker(lambda: unpacker.run(chunks(reading.take())), reading)
+        work = _Worker(lambda: unpacker.run(chunks(reading.fd)), reading)
         with work.blamed_first():
             try:
-                tar.checked(args, stdout_fd=writing.take())
+                tar.checked(args, stdout_fd=writing.fd)
             finally:
                 writing.close()
         if not work.result:
@@ -221,10 +217,10 @@ def copy_in(tar: RemoteTar, source: str, path: str, *, archive: bool) -> None:
     else:
         directory, name = _split(path)
     with _pipe() as (reading, writing):
-        work = _Worker(lambda: _pack(local, name or ".", writing.take()), writing)
+        work = _Worker(lambda: _pack(local, name or ".", writing.fd), writing)
         with work.blamed_first():
             try:
-                tar.checked([*extract, "-C", directory], stdin_fd=reading.take())
+                tar.checked([*extract, "-C", directory], stdin_fd=reading.fd)
             finally:
                 reading.close()
 
@@ -252,16 +248,13 @@ def _pack(source: Path, name: str, fd: int) -> int:
 
 
 class _End:
-    """One end of a pipe, closed once."""
+    """One end of a pipe, closed once; `fd` is -1 then."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def take(self) -> int:
-        return self._fd
+        self.fd = fd
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
+        fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
