@@ -38,7 +38,7 @@ OBSERVATIONS = {
     "processors": "grep -c ^processor /proc/cpuinfo",
     "priority": "cut -d' ' -f18,19 /proc/self/stat",
     "disk size": "df -P / | awk 'NR==2 {print $2}'",
-    "modules": "cut -d' ' -f1 /proc/modules | sort",
+    "modules": "echo loaded: $(cut -d' ' -f1 /proc/modules | sort)",
     "shared PID namespace": "cat /proc/1/comm; ls /proc | grep -c '^[0-9]*$'",
 }
 UNIQUE = {
@@ -137,15 +137,17 @@ def test_each_pod_gets_a_vm_that_no_pod_had(private_daemon: Callable[..., Daemon
     assert not used & vms(daemon)
 
 
-def test_a_pod_that_needs_more_boots_cold(private_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
-    daemon = private_daemon(pool_settings(1))
-    wait_for_pool(daemon, 1)
-    ahead = vms(daemon)
-    linux = cri.LinuxPodSandboxConfig(resources=cri.LinuxContainerResources(memory_limit_in_bytes=700 * 1024**2))
-    pod = run_pod(daemon, tmp_path, "large", linux=linux)
-    assert vm_of(pod) not in ahead
-    total = int(pod.output("awk", "/MemTotal/ {print $2}", "/proc/meminfo"))
-    assert total > 700 * 1024
+def test_a_waiting_vm_grows_to_what_a_pod_needs(private_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """One that needs more than a VM may be enlarged to has one booted for it."""
+    daemon = private_daemon("[hypervisor]\nmax_memory_bytes = 1000000000\n" + pool_settings(1))
+    for mib, from_the_pool in ((700, True), (1000, False)):
+        wait_for_pool(daemon, 1 + daemon.log().count("from the pool"))
+        ahead = vms(daemon)
+        linux = cri.LinuxPodSandboxConfig(resources=cri.LinuxContainerResources(memory_limit_in_bytes=mib * 1024**2))
+        pod = run_pod(daemon, tmp_path / str(mib), f"needs-{mib}", linux=linux)
+        assert (vm_of(pod) in ahead) == from_the_pool, mib
+        # The second gets what the configuration lets a VM have.
+        assert int(pod.output("awk", "/MemTotal/ {print $2}", "/proc/meminfo")) > min(mib, 900) * 1024
 
 
 def test_the_pool_over_restarts(private_daemon: Callable[..., Daemon], tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ from vmrt.model import LinuxResources, SandboxSpec
 
 _MIB = 1024**2
 _ALIGN = 2 * _MIB
+# Linux adds memory by such blocks (x86-64, Documentation/admin-guide/mm/memory-hotplug.rst): of one that does not fit
+# whole into what can be plugged, nothing can.
+_BLOCK = 128 * 1024**2
 _PERIOD_US = 100_000  # what the kernel takes when none is named
 # What QEMU and a VM's helpers take beside the guest's memory.
 _VMM_BYTES = 64 * _MIB
@@ -61,11 +64,11 @@ def most(config: HypervisorConfig) -> tuple[int, int]:
 
 
 def reach(vcpus: int, memory_bytes: int, config: HypervisorConfig) -> tuple[int, int]:
-    """Return (vcpus, octets) that a VM which boots with this size can be enlarged to."""
+    """Return (vcpus, octets) that a VM which boots with this size can be enlarged to, by whole memory blocks."""
     most_vcpus, most_bytes = most(config)
     likely_vcpus = config.max_vcpus or min(most_vcpus, _LIKELY_VCPUS)
     likely_bytes = config.max_memory_bytes or min(most_bytes, _LIKELY_MEMORY_BYTES)
-    return max(vcpus, likely_vcpus), max(memory_bytes, likely_bytes // _ALIGN * _ALIGN)
+    return max(vcpus, likely_vcpus), memory_bytes + max(0, likely_bytes - memory_bytes) // _BLOCK * _BLOCK
 
 
 def _least(config: HypervisorConfig) -> int:
