@@ -97,7 +97,7 @@ async def serve(config: Config) -> None:
             monitor.start()
             stack.callback(monitor.stop)
         hypervisor = LibvirtHypervisor(config.hypervisor, config.root, instance)
-        network = NetBridge(config.network, config.root, instance)
+        network = NetBridge(config.network, config.root, instance, tap_queues=config.hypervisor.nic_queues)
         images = ImageStore(config.root / "images", config.images)
         for driver in (hypervisor, network, images):
             stack.push_async_callback(driver.close)

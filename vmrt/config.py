@@ -29,6 +29,7 @@ SOCKET_PATH_LIMIT = 107
 # monitor that embedded libvirt makes ("domain-", a running number, "-", 20 octets of the domain's name).
 _VM_SOCKET_SUFFIX = len("/vms/") + 12 + len("/s/vsock_1026")
 _MONITOR_SOCKET_SUFFIX = len("/libvirt/lib/qemu/domain-") + 7 + len("-") + 20 + len("/monitor.sock")
+MAX_NIC_QUEUES = 256  # the kernel's limit for a tap
 MAX_LOG_LINE_BYTES = 256 * 1024  # of the agent's buffer of 1 MiB per stream
 
 
@@ -66,6 +67,8 @@ class HypervisorConfig:
     console_limit_bytes: int = 256 * 1024
     # How kubelet is to spell cgroup_parent, and who makes cgroups below it; "auto" is systemd where it is the init.
     cgroup_driver: typing.Literal["auto", "cgroupfs", "systemd"] = "auto"
+    # Queue pairs of a VM's network card. More than one helps pods with several CPUs that have much to send.
+    nic_queues: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +259,7 @@ def check(config: Config) -> Config:
         ("hypervisor.boot_timeout_s", h.boot_timeout_s, 1),
         ("volumes.empty_dir_bytes", config.volumes.empty_dir_bytes, 64 * 1024**2),
         ("volumes.mirror_limit_bytes", config.volumes.mirror_limit_bytes, 0),
+        ("hypervisor.nic_queues", h.nic_queues, 1),
         ("pool.size", config.pool.size, 0),
         ("hypervisor.boots_at_once", config.hypervisor.boots_at_once, 0),
         ("pool.reserve_bytes", config.pool.reserve_bytes, 0),
@@ -263,6 +267,8 @@ def check(config: Config) -> Config:
     ):
         if value < least:
             raise ConfigError(f"{name} must be at least {least}, not {value}")
+    if h.nic_queues > MAX_NIC_QUEUES:
+        raise ConfigError(f"hypervisor.nic_queues must be at most {MAX_NIC_QUEUES}, not {h.nic_queues}")
     if config.max_container_log_line_bytes > MAX_LOG_LINE_BYTES:
         raise ConfigError(
             f"max_container_log_line_bytes must be at most {MAX_LOG_LINE_BYTES}, not "

@@ -45,15 +45,19 @@ _SANDBOX_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 class NetBridge:
     """CNI networks for pods whose network card is a VM's tap.
 
-    `instance` tells daemons on one machine apart. `tap_owner` is the uid that may open taps besides root.
+    `instance` tells daemons on one machine apart. `tap_owner` is the uid that may open taps besides root. `tap_queues`
+    is how many queues VMs open taps with.
     """
 
-    def __init__(self, config: NetworkConfig, root: Path, instance: str, *, tap_owner: int | None = None) -> None:
+    def __init__(
+        self, config: NetworkConfig, root: Path, instance: str, *, tap_owner: int | None = None, tap_queues: int = 1
+    ) -> None:
         self._config = config
         self._netns_dir = root / "netns"
         self._record_dir = root / "cni"
         self._ranges = root / "pod-ranges.json"
         self._tap_owner = tap_owner
+        self._tap_queues = tap_queues
         self._bin_dirs = tuple(str(directory) for directory in config.cni_bin_dirs)
         self._fallback = FallbackNetwork(config, root, instance, lambda: bool(self.list()))
         self._joint: netns.Joint | None = None
@@ -106,7 +110,7 @@ class NetBridge:
 
     async def create_tap(self, name: str) -> None:
         """Create a persistent tap that QEMU's user may open; an existing one is no error. `join` brings it up."""
-        await netns.in_thread(netns.create_tap, name, self._tap_owner)
+        await netns.in_thread(netns.create_tap, name, self._tap_owner, self._tap_queues)
 
     async def delete_tap(self, name: str) -> None:
         """Delete a tap in the host's netns; an absent one is no error."""

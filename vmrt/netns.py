@@ -49,6 +49,7 @@ TUNSETPERSIST = 0x400454CB
 TUNSETOWNER = 0x400454CC
 IFF_TAP = 0x0002
 IFF_NO_PI = 0x1000
+IFF_MULTI_QUEUE = 0x0100
 IFF_VNET_HDR = 0x4000
 
 ETH_P_ALL = 3
@@ -206,8 +207,10 @@ def _translated(phase: str, resource: str) -> Iterator[None]:
 # --- taps -------------------------------------------------------------------------------------------------------------
 
 
-def create_tap(name: str, owner: int | None = None) -> None:
+def create_tap(name: str, owner: int | None = None, queues: int = 1) -> None:
     """Create a persistent tap in this namespace, down, that `owner` (a uid) may open; an existing one is no error.
+
+    With `queues` above 1 it has to be opened for as many; the kernel makes them as they are opened.
 
     It stays down until `join`: until then no frame can pass between the guest and the host's own stack, which would
     answer on any interface that is up, addresses or not.
@@ -224,7 +227,8 @@ def create_tap(name: str, owner: int | None = None) -> None:
             return
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         try:
-            request = struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
+            flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | (IFF_MULTI_QUEUE if queues > 1 else 0)
+            request = struct.pack("16sH22x", name.encode(), flags)
             fcntl.ioctl(fd, TUNSETIFF, request)
             if owner is not None:
                 fcntl.ioctl(fd, TUNSETOWNER, owner)

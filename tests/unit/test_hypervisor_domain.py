@@ -103,6 +103,9 @@ def test_nic_is_an_existing_tap_that_libvirt_leaves_alone() -> None:
     assert attributes(root, "devices/interface/target") == {"dev": "vt0", "managed": "no"}
     assert attributes(root, "devices/interface/mac")["address"] == "02:00:00:00:00:07"
     assert root.find("devices/interface/mtu") is None
+    assert root.find("devices/interface/driver") is None
+    several = parsed(spec(tap="vt0", mac="02:00:00:00:00:07"), wiring(nic_queues=4))
+    assert attributes(several, "devices/interface/driver") == {"queues": "4"}
     assert parsed(spec(), wiring()).find("devices/interface") is None
 
 

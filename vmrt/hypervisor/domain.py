@@ -55,6 +55,7 @@ class Wiring:
     vsock: VsockDevice
     share_socket: Path | None = None
     owner: tuple[int, int] | None = None
+    nic_queues: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,7 @@ def _devices(domain: ET.Element, spec: VmSpec, wiring: Wiring) -> None:
         devices.append(_scsi_disk(disk, unit))
     ET.SubElement(devices, "controller", type="usb", model="none")
     if spec.tap:
-        devices.append(_nic(spec))
+        devices.append(_nic(spec, wiring.nic_queues))
     serial = ET.SubElement(devices, "serial", type="unix")
     source = ET.SubElement(serial, "source", mode="connect", path=str(wiring.console_socket))
     # A restarted daemon listens again at the same path, and QEMU comes back to it.
@@ -344,13 +345,18 @@ def _scsi_disk(disk: Disk, unit: int, node: Path | None = None) -> ET.Element:
     return element
 
 
-def _nic(spec: VmSpec) -> ET.Element:
-    """Return a NIC on an existing tap: libvirt opens it, and leaves it alone when it has moved to another netns."""
+def _nic(spec: VmSpec, queues: int) -> ET.Element:
+    """Return a NIC on an existing tap: libvirt opens it, and leaves it alone when it has moved to another netns.
+
+    A tap that was made for several queues has to be opened for several, and only then.
+    """
     nic = ET.Element("interface", type="ethernet")
     ET.SubElement(nic, "mac", address=spec.mac)
     ET.SubElement(nic, "target", dev=spec.tap, managed="no")
     ET.SubElement(nic, "model", type="virtio")
     # No <mtu>: it would be the most that the guest may set, and a VM of the pool does not know its network's yet.
+    if queues > 1:
+        ET.SubElement(nic, "driver", queues=str(queues))
     ET.SubElement(nic, "rom", enabled="no")
     _pci(nic, _SLOT_NIC)
     return nic

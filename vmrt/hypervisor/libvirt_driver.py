@@ -194,6 +194,7 @@ class LibvirtHypervisor:
             vsock=vm.vsock.device,
             share_socket=share_socket,
             owner=vm.record.owner,
+            nic_queues=self._config.nic_queues,
         )
         xml, placed = domain.domain_xml(spec, wiring), bool(spec.cgroup_parent)
         live = await self._host.create(xml, resource=f"vm {vm.vm_id}", paused=placed)
