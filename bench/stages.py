@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import boot, density, exec, lifecycle, lists, portforward, pull, volumes
+from bench import boot, density, exec, lifecycle, lists, network, portforward, pull, volumes
 from bench.stand import Stage
 
 STAGES: tuple[Stage, ...] = (
@@ -14,5 +14,6 @@ STAGES: tuple[Stage, ...] = (
     pull.STAGE,
     exec.STAGE,
     portforward.STAGE,
+    network.STAGE,
     volumes.STAGE,
 )
