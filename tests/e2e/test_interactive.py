@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -293,3 +294,35 @@ def test_run_with_a_terminal_detach_and_attach(house: House, terminal: Callable[
     assert again.end() == 0
     house.vmrt("rm", "-f", "seat")
     assert list(house.scratch.iterdir()) == []
+
+
+def test_the_daemons_end_is_told_and_the_pod_goes_on(house: House) -> None:
+    server = "echo ready; httpd -p 127.0.0.1:8080 -h /etc; cat"
+    session = subprocess.Popen(
+        house.argv("exec", "-i", "box", "sh", "-c", server),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=CHECKOUT,
+    )  # fmt: skip
+    forward = subprocess.Popen(
+        house.argv("port-forward", "pod", ":8080"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=CHECKOUT
+    )
+    try:
+        assert session.stdout is not None and forward.stdout is not None
+        assert session.stdout.readline() == b"ready\n"
+        port = int(forward.stdout.readline().split()[0].rpartition(b":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
+            connection.sendall(b"GET /passwd HTTP/1.0\r\n\r\n")
+            assert connection.recv(4) == b"HTTP"
+            # In the middle of both: one waits for input, the other for a request.
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as idle:
+                house.daemon.stop()
+                assert idle.recv(1) == b""
+        for process, status, text in ((session, 125, b"stopping"), (forward, 1, b"ended the connection")):
+            _, told = process.communicate(timeout=PATIENCE_S)
+            assert (process.returncode, len(told.splitlines())) == (status, 1), told
+            assert text in told
+    finally:
+        for process in (session, forward):
+            process.kill()
+            process.wait()
+        house.daemon.start()
+    assert house.vmrt("exec", "-i", "box", "cat", stdin=b"still here").stdout == b"still here"
