@@ -26,6 +26,7 @@ from cryptography.x509.oid import NameOID
 
 from demo.daemon import CHECKOUT, Daemon
 from tests.e2e.conftest import IMAGE, Pod, clean_daemon, run_pod
+from vmrt.proto.runtime.v1 import api_pb2 as cri
 
 PATIENCE_S = 240
 # Many of these start several programs each, on a machine that may be busy.
@@ -230,8 +231,11 @@ def test_files_and_trees_go_in_and_come_out(house: House, tmp_path: Path) -> Non
 
 
 def test_a_copy_that_cannot_be_is_one_line(house: House, tmp_path: Path) -> None:
+    nowhere = [cri.KeyValue(key="PATH", value=b"/nonexistent")]
+    house.pod.run("/bin/sleep", "100000", name="bare", envs=nowhere)
     for arguments, text in (
         (("box:/no/such/file", str(tmp_path)), b"ended with"),
+        (("bare:/etc/passwd", str(tmp_path)), b"needs the program tar"),
         (("/no/such/file", "box:/tmp"), b"cannot read"),
         (("box:/etc/passwd", str(tmp_path / "absent" / "x")), b"no such directory"),
         ((str(CHECKOUT / "README.md"), "box:/absent/"), b"no such directory"),
