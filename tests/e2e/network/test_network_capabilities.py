@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import ipaddress
 import json
+import os
 import secrets
 import socket
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,19 @@ from typing import Any
 import pytest
 from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket
 
-from tests.e2e.network.house import House, a_bridge, a_spec, configure, output, plugin, tcp_from_host, udp_from_host
+from tests.e2e.network.house import (
+    DEVICE_MAC,
+    House,
+    a_bridge,
+    a_spec,
+    configure,
+    output,
+    plugin,
+    tcp_from_host,
+    udp_from_host,
+)
 from tests.e2e.network.tap_guest import LINE
+from vmrt import netns
 from vmrt.cni_args import EGRESS, INGRESS
 from vmrt.model import PortMapping, Protocol
 from vmrt.netbridge import NetBridge
@@ -188,3 +203,38 @@ async def test_gc_names_the_pods_that_are_there(configured: House) -> None:
     assert Path(path).exists()
     await network.teardown(sandbox)
     assert configured.leftovers() == []
+
+
+def a_queue(tap: str, flags: int) -> int:
+    """Open a tap as QEMU does."""
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        wanted = netns.IFF_TAP | netns.IFF_NO_PI | netns.IFF_VNET_HDR | flags
+        fcntl.ioctl(fd, netns.TUNSETIFF, struct.pack("16sH22x", tap.encode(), wanted))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+async def test_a_tap_for_several_queues_is_opened_by_as_many(house: House) -> None:
+    network = NetBridge(house.config, house.root, house.instance, tap_queues=2)
+    await network.open()
+    name = f"vt{secrets.token_hex(4)}"
+    await network.create_tap(name)
+    with contextlib.ExitStack() as opened_files:
+        try:
+            for flags in (netns.IFF_MULTI_QUEUE, netns.IFF_MULTI_QUEUE, 0):
+                with contextlib.nullcontext() if flags else pytest.raises(OSError):
+                    opened_files.callback(os.close, a_queue(name, flags))
+            # Both stay open when the tap moves, as a VM's do.
+            sandbox = house.sandbox()
+            pod = await network.setup(sandbox, a_spec(), device_mac=DEVICE_MAC)
+            await network.join(sandbox, name)
+            shown = output("nsenter", f"--net={pod.netns}", "ip", "-d", "link", "show", name)
+            assert "multi_queue" in shown
+            assert "numqueues 2" in shown or "numtxqueues" in shown
+        finally:
+            opened_files.close()
+            await network.teardown(sandbox)
+    assert house.leftovers() == []
