@@ -43,7 +43,7 @@ def two(layout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]
     number = secrets.randbelow(200)
     bridge = f"vmjumbo{number}"
     ranges = [[{"subnet": f"10.245.{number}.0/24"}], [{"subnet": f"fd00:245:{number}::/64"}]]
-    with clean_daemon("net", "[hypervisor]\nnic_queues = 2\ndefault_vcpus = 2\n") as daemon:
+    with clean_daemon("net", "[hypervisor]\nnic_queues = 2\ndefault_vcpus = 2\nboot_timeout_s = 240\n") as daemon:
         ipam: dict[str, object] = {"type": "host-local", "dataDir": str(daemon.root / "ipam"), "ranges": ranges}
         ipam |= {"routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}
         plugins: list[dict[str, object]] = [
