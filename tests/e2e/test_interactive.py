@@ -301,7 +301,7 @@ def test_run_with_a_terminal_detach_and_attach(house: House, terminal: Callable[
 
 
 def test_the_daemons_end_is_told_and_the_pod_goes_on(house: House) -> None:
-    server = "echo ready; httpd -p 127.0.0.1:8080 -h /etc; cat"
+    server = "httpd -p 127.0.0.1:8080 -h /etc && echo ready && cat"
     session = subprocess.Popen(
         house.argv("exec", "-i", "box", "sh", "-c", server),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=CHECKOUT,

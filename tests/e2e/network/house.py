@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import secrets
 import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,8 +114,15 @@ def udp_from_host(address: str, payload: bytes) -> bytes:
 
 
 def tcp_from_host(address: str, port: int) -> bytes:
-    with socket.create_connection((address, port), timeout=10) as client:
-        return client.recv(100)
+    """What the guest says to a connection; tried again while the kernel does not know yet where it is."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=10) as client:
+                return client.recv(100)
+        except OSError as e:
+            if e.errno != errno.EHOSTUNREACH or time.monotonic() > deadline:
+                raise
 
 
 def a_bridge(house: House, **more: Any) -> dict[str, Any]:
