@@ -52,6 +52,9 @@ class LoopMonitor:
     def _watch(self, loop: asyncio.AbstractEventLoop, target: int, native: int) -> None:
         while not self._stopped.wait(_PERIOD_S):
             self._alive.clear()
+            # `stop` says that it is the end before it says that the loop is alive: one of the two is seen here.
+            if self._stopped.is_set():
+                return
             asked, waited = time.monotonic(), _run_delay_s(native)
             loop.call_soon_threadsafe(self._alive.set)
             if self._alive.wait(self._limit_s):

@@ -326,7 +326,7 @@ def test_the_daemons_end_is_told_and_the_pod_goes_on(house: House) -> None:
             assert text in told
     finally:
         for process in (session, forward):
-            process.kill()
-            process.wait()
+            with process:
+                process.kill()
         house.daemon.start()
     assert house.vmrt("exec", "-i", "box", "cat", stdin=b"still here").stdout == b"still here"

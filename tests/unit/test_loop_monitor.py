@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 import time
 
 import pytest
@@ -30,3 +31,28 @@ async def test_a_loop_that_only_waits_is_not_reported(caplog: pytest.LogCaptureF
     await asyncio.sleep(0.1)
     monitor.stop()
     assert not caplog.records
+
+
+async def test_it_ends_also_when_it_was_about_to_ask() -> None:
+    """Told to stop between its look at the clock and its question, it must not wait for a loop that waits for it."""
+    asking, told = threading.Event(), threading.Event()
+
+    class Alive(threading.Event):
+        def clear(self) -> None:
+            asking.set()
+            assert told.wait(10)
+            super().clear()
+
+        def set(self) -> None:
+            super().set()
+            told.set()
+
+    monitor = LoopMonitor()
+    monitor._alive = Alive()
+    monitor.start()
+    assert asking.wait(10)
+    end = threading.Thread(target=monitor.stop, daemon=True)
+    end.start()
+    # The loop stands still here, as it does when the daemon ends.
+    end.join(10)
+    assert not end.is_alive()
