@@ -38,12 +38,25 @@ OBSERVATIONS = {
     "processors": "grep -c ^processor /proc/cpuinfo",
     "priority": "cut -d' ' -f18,19 /proc/self/stat",
     "disk size": "df -P / | awk 'NR==2 {print $2}'",
+    "kernel's command line": "tr ' ' '\\n' < /proc/cmdline | sed 's/=[0-9a-f-]\\{12,\\}$/=ID/'",
+    "devices": "cd /dev && find . -mindepth 1 | sort | while read f; do stat -c '%n %F %a %u:%g %t:%T' $f; done",
+    "block devices": "cd /sys/block && for d in *; do echo $d $(cat $d/size $d/ro $d/queue/rotational); done",
+    "PCI devices": "cd /sys/bus/pci/devices && for d in *; do echo $d $(cat $d/vendor $d/device); done",
+    "limits of memory": "cat /proc/sys/vm/overcommit_memory /proc/sys/vm/swappiness /proc/sys/vm/max_map_count; "
+    "tail -n +2 /proc/swaps | wc -l",
+    "limits of processes": "cat /proc/self/limits /proc/sys/kernel/pid_max /proc/sys/kernel/threads-max",
+    "limits of the container": "cd /sys/fs/cgroup && for f in *.max *.high *.min *.low *.weight; do "
+    "[ -f $f ] && echo $f $(cat $f); done",
+    "clocks": "cat /proc/self/timens_offsets; cat /sys/devices/system/clocksource/clocksource0/current_clocksource",
+    "security modules": "cat /proc/self/attr/current; cat /proc/sys/kernel/unprivileged_userns_clone 2>/dev/null; "
+    "cat /proc/sys/kernel/randomize_va_space",
     "modules": "echo loaded: $(cut -d' ' -f1 /proc/modules | sort)",
     "shared PID namespace": "cat /proc/1/comm; ls /proc | grep -c '^[0-9]*$'",
 }
 UNIQUE = {
     "address": "ip -4 -o addr show dev eth0 | awk '{print $4}'",
     "MAC address": "cat /sys/class/net/eth0/address",
+    "boot id": "cat /proc/sys/kernel/random/boot_id",
     "random": "head -c 32 /dev/urandom | sha256sum; cat /proc/sys/kernel/random/uuid",
 }
 

@@ -39,6 +39,7 @@ class Machine:
         self.configured: dict[str, pb.ConfigureSandboxRequest] = {}
         self.guest_version = "1"
         self.available = 64 * GIB
+        self.hung: set[str] = set()
 
     async def answer(self, vm_id: str, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Be the agent: Check and ConfigureSandbox, and event streams on which nothing happens."""
@@ -48,6 +49,8 @@ class Machine:
         decoder = ttrpc.ServerDecoder()
         while data := await reader.read(65536):
             for message in decoder.feed(data):
+                if vm_id in self.hung:
+                    continue
                 call = ttrpc.parse_request(message)
                 payload = pb.CheckResponse(protocol=layout.PROTOCOL_VERSION).SerializeToString()
                 if call.method == "ConfigureSandbox":
@@ -212,6 +215,23 @@ async def test_a_vm_that_dies_while_it_waits_is_replaced(machine: Machine) -> No
         await until(lambda: table.pool.waiting() == 1 and dead not in table.pool.vm_ids())
         assert not scratch.path(machine.root, dead).exists()
         assert f"vt{dead}" not in machine.network.taps
+
+
+async def test_a_vm_that_does_not_answer_while_it_waits_is_replaced(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pool, "_LOOK_AGAIN_S", 0.05)
+    async with machine.daemon(pool=PoolConfig(size=2)) as table:
+        await until(lambda: table.pool.waiting() == 2)
+        hung, well = sorted(table.pool.vm_ids())
+        await asyncio.sleep(0.2)
+        assert table.pool.vm_ids() == {hung, well}
+        monkeypatch.setattr(pool, "_PROBE_TIMEOUT_S", 0.2)
+        machine.hung.add(hung)
+        await until(lambda: hung not in table.pool.vm_ids() and table.pool.waiting() == 2)
+        assert well in table.pool.vm_ids()
+        assert hung not in machine.vms.vms
+    assert "does not answer while it waits" in caplog.text
 
 
 async def test_a_taken_name_costs_no_vm(machine: Machine) -> None:

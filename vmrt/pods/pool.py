@@ -11,6 +11,7 @@ Rules:
   sandbox's record, which is written before the pool's is deleted;
 - refilling is background work: one VM at a time, at low priority, when no pod is being started and the host has memory
   to spare;
+- one that no longer answers, found by a look at each every minute, is replaced: a pod would wait for it in vain;
 - VMs that wait survive the daemon's death and are adopted; a daemon that is told to stop takes them away, since nobody
   would use them.
 """
@@ -46,6 +47,8 @@ _LOOK_AGAIN_S = 60.0
 # An unbroken stream of starts must not keep the pool empty for ever.
 _QUIET_LIMIT_S = 30.0
 _ADOPT_TIMEOUT_S = 5.0
+# Long: a host that boots many VMs keeps a healthy guest from its turn for seconds.
+_PROBE_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,9 +252,11 @@ class Pool:
                 missing = self._missing(kinds)
                 if missing is None:
                     pause_s = _FIRST_PAUSE_S
-                    with contextlib.suppress(TimeoutError):
+                    try:
                         async with asyncio.timeout(_LOOK_AGAIN_S):
                             await self._wake.wait()
+                    except TimeoutError:
+                        await self._drop_silent()
                     continue
                 if self._available() >= missing.memory_bytes + self._table.config.pool.reserve_bytes:
                     await self._add(missing)
@@ -274,6 +279,16 @@ class Pool:
             if not any(kind.covers(vm.record) for kind in kinds):
                 log.info("pool: VM %s is of an earlier guest image, it is replaced", vm.record.vm_id)
                 await self._drop(vm)
+
+    async def _drop_silent(self) -> None:
+        """Replace the VMs whose agents do not answer: a guest that hangs does not end, so no event tells of it."""
+        for vm in list(self._waiting):
+            try:
+                await vm.agent.check(timeout_s=_PROBE_TIMEOUT_S)
+            except VmrtError as e:
+                if vm in self._waiting:
+                    log.warning("pool: VM %s does not answer while it waits, it is replaced: %s", vm.record.vm_id, e)
+                    await self._drop(vm)
 
     async def _add(self, kind: Kind) -> None:
         table = self._table
