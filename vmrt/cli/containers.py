@@ -13,6 +13,7 @@ from vmrt.cli.app import Options, Seconds, own_failure
 from vmrt.cli.command import Command
 from vmrt.cli.complete import container_names
 from vmrt.cli.output import age, emit_json, emit_table, rfc3339, short_id
+from vmrt.cli.params import detach_keys_option
 from vmrt.errors import Code, FailedPreconditionError, VmrtError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from vmrt.proto.runtime.v1 import api_pb2
 
 DAEMON_PATIENCE_S = 60.0
-DETACH_KEYS = "ctrl-p,ctrl-q"
 
 
 def state_name(state: int) -> str:
@@ -126,13 +126,7 @@ def locate(daemon: Daemon, wanted: str) -> api_pb2.Container:
 )
 @click.option("-i", "--stdin", "want_stdin", is_flag=True, help="Give the command our stdin.")
 @click.option("-t", "--tty", "want_tty", is_flag=True, help="Give the command a terminal.")
-@click.option(
-    "--detach-keys",
-    default=DETACH_KEYS,
-    show_default=True,
-    metavar="KEYS",
-    help='With -it, what to type to leave the command running; "" for nothing.',
-)
+@detach_keys_option("command")
 @click.option(
     "--time-limit",
     type=Seconds(),

@@ -11,7 +11,7 @@ import click
 from vmrt.cli.app import Options, own_failure
 from vmrt.cli.command import Command
 from vmrt.cli.complete import container_names
-from vmrt.cli.containers import DETACH_KEYS
+from vmrt.cli.params import detach_keys_option
 from vmrt.cli.signals import Interrupted, Signals
 
 if TYPE_CHECKING:
@@ -97,13 +97,7 @@ def exec_interactively(
     "-i", "--stdin", "want_stdin", is_flag=True, help="Give the container our stdin, if it was made with one."
 )
 @click.option("-t", "--tty", "want_tty", is_flag=True, help="The container has a terminal: make ours a raw one.")
-@click.option(
-    "--detach-keys",
-    default=DETACH_KEYS,
-    show_default=True,
-    metavar="KEYS",
-    help='With -it, what to type to leave the container running; "" for nothing.',
-)
+@detach_keys_option("container")
 @click.argument("container", shell_complete=container_names)
 @click.pass_obj
 def attach(options: Options, want_stdin: bool, want_tty: bool, detach_keys: str, container: str) -> None:

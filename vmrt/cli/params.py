@@ -1,12 +1,13 @@
-"""Types of command line values that click does not bring: sizes, published ports, variables, users."""
+"""Types of command line values that click does not bring (sizes, published ports, variables, users), shared options."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -19,6 +20,19 @@ _PORT = re.compile(
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\$?")
 # uid_t without its -1 (chown(2) gives that another meaning), and what CRI's int64 is checked against.
 _MAX_ID = 2**32 - 2
+
+_Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
+
+
+def detach_keys_option(left: str) -> Callable[[_Decorated], _Decorated]:
+    """Return the option `--detach-keys` of a command that can be left, with `left` running on."""
+    return click.option(
+        "--detach-keys",
+        default="ctrl-p,ctrl-q",
+        show_default=True,
+        metavar="KEYS",
+        help=f'With -it, what to type to leave the {left} running; "" for nothing.',
+    )
 
 
 class Size(click.ParamType[int]):

@@ -25,9 +25,9 @@ import click
 from vmrt.cli.app import Options, own_failure
 from vmrt.cli.command import Command
 from vmrt.cli.complete import image_names
-from vmrt.cli.containers import DETACH_KEYS, Watch, container_status
+from vmrt.cli.containers import Watch, container_status
 from vmrt.cli.interactive import check_terminal, detach_octets, tls_of
-from vmrt.cli.params import Port, PublishedPort, Size, User, UserChoice, Variable
+from vmrt.cli.params import Port, PublishedPort, Size, User, UserChoice, Variable, detach_keys_option
 from vmrt.cli.pods import RUN_LABEL, remove_pod, run_log_directory, stop_containers
 from vmrt.cli.signals import Interrupted, Signals
 from vmrt.errors import NotFoundError, VmrtError
@@ -200,13 +200,7 @@ def container_config(wish: Wish, image_id: str) -> api_pb2.ContainerConfig:
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("-i", "--stdin", "want_stdin", is_flag=True, help="Give the container our stdin; its end of file, too.")
 @click.option("-t", "--tty", "want_tty", is_flag=True, help="Give the container a terminal; with -i ours becomes raw.")
-@click.option(
-    "--detach-keys",
-    default=DETACH_KEYS,
-    show_default=True,
-    metavar="KEYS",
-    help='With -it, what to type to leave the pod running; "" for nothing.',
-)
+@detach_keys_option("pod")
 @click.argument("image", shell_complete=image_names)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[COMMAND [ARG]...]")
 @click.pass_obj
