@@ -351,6 +351,17 @@ class VmSize:
     min_memory_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Confinement:
+    """Which of the host's CPUs a VM's threads may run on, and in which of its memory nodes its memory lies.
+
+    None is anywhere; a set is never empty.
+    """
+
+    cpus: frozenset[int] | None = None
+    mems: frozenset[int] | None = None
+
+
 class VmEventKind(enum.Enum):
     """What can happen to a VM without our asking."""
 

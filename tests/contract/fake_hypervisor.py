@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from vmrt import spawn
 from vmrt.errors import AlreadyExistsError, ExhaustedError, VmError, VmGoneError
 from vmrt.hypervisor import cgroup, devices
-from vmrt.model import Disk, VmEvent, VmEventKind, VmSize, VmSpec
+from vmrt.model import Confinement, Disk, VmEvent, VmEventKind, VmSize, VmSpec
 from vmrt.pods.drivers import Connection
 from vmrt.spawn import ProcessId
 
@@ -45,6 +45,7 @@ class FakeVm:
     disks: dict[str, Disk]
     console: str = "fake kernel\nvmrt-agent: ready\n"
     booted_bytes: int = field(init=False)
+    confinement: Confinement = field(default_factory=Confinement)
 
     def __post_init__(self) -> None:
         self.booted_bytes = self.spec.memory_bytes
@@ -176,6 +177,13 @@ class FakeHypervisor:
         vm = self._running(vm_id)
         cgroup.directory_of(cgroup_parent, systemd=False)
         vm.spec = dataclasses.replace(vm.spec, cgroup_parent=cgroup_parent)
+
+    async def confine(self, vm_id: str, wanted: Confinement) -> None:
+        self._call("confine", vm_id)
+        vm = self._running(vm_id)
+        if wanted.cpus is not None and max(wanted.cpus) >= 1000:
+            raise VmError("the host has no such CPUs", phase="cpuset", resource=f"vm {vm_id}")
+        vm.confinement = wanted
 
     async def resize(self, vm_id: str, vcpus: int, memory_bytes: int) -> VmSize:
         self._call("resize", vm_id, str(vcpus), str(memory_bytes))

@@ -21,8 +21,10 @@ import pytest
 from vmrt import guest_image
 from vmrt.agent.layout import CALL_PORT
 from vmrt.config import HypervisorConfig
+from vmrt.hypervisor import cgroup
 from vmrt.hypervisor.libvirt_driver import LibvirtHypervisor
 from vmrt.model import Disk, GuestImage, VmSpec
+from vmrt.pods.drivers import Hypervisor
 
 GUEST = Path(__file__).parents[2] / ".cache" / "guest"
 MEMORY_BYTES = 256 * 1024**2
@@ -31,6 +33,7 @@ INSTANCE = secrets.token_hex(4)
 __all__ = [
     "CALL_PORT",
     "INSTANCE",
+    "cpus_of",
     "leftovers",
     "loop_device",
     "make",
@@ -71,6 +74,16 @@ def real_guest() -> GuestImage:
 def make(**settings: object) -> LibvirtHypervisor:
     """Return a driver on the root: each is a daemon of its own."""
     return LibvirtHypervisor(HypervisorConfig(**settings), root(), INSTANCE)  # type: ignore[arg-type]
+
+
+def cpus_of(hypervisor: Hypervisor, vm_id: str) -> set[frozenset[int]]:
+    """Return what each thread of a VM's processes may run on."""
+    return {
+        frozenset(os.sched_getaffinity(int(thread.name)))
+        for process in hypervisor.processes(vm_id)
+        for pid in cgroup.family(process.pid)
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+    }
 
 
 async def opened(**settings: object) -> LibvirtHypervisor:

@@ -17,7 +17,7 @@ from tests.contract.fake_hypervisor import MUTE, PANIC, FakeHypervisor, FakeVmHo
 from vmrt import spawn
 from vmrt.agent.layout import CALL_PORT
 from vmrt.errors import AlreadyExistsError, ExhaustedError, VmError, VmGoneError
-from vmrt.model import Disk, GuestImage, VmEvent, VmEventKind, VmSize
+from vmrt.model import Confinement, Disk, GuestImage, VmEvent, VmEventKind, VmSize
 from vmrt.pods.drivers import Hypervisor
 
 
@@ -31,6 +31,7 @@ class Subject:
     disk: Callable[[str], Disk]
     kill: Callable[[Hypervisor, str], None]  # ends a VM behind the driver's back
     leftovers: Callable[[], list[str]]
+    cpus: Callable[[Hypervisor, str], set[frozenset[int]]]  # what each thread of a VM may run on
 
 
 def fake(directory: Path) -> Subject:
@@ -50,6 +51,7 @@ def fake(directory: Path) -> Subject:
         lambda: FakeHypervisor(host),
         lambda: FakeHypervisor(host, boot_timeout_s=0.01),
         *(guest, disk, kill, lambda: list(host.vms)),
+        lambda _, vm_id: {host.vms[vm_id].confinement.cpus or frozenset(os.sched_getaffinity(0))},
     )
 
 
@@ -58,7 +60,13 @@ def libvirt() -> Subject:
         os.kill(hypervisor.processes(vm_id)[0].pid, signal.SIGKILL)
 
     return Subject(
-        real.make, lambda: real.make(boot_timeout_s=1.5), real.real_guest(), real.small_disk, kill, real.leftovers
+        real.make,
+        lambda: real.make(boot_timeout_s=1.5),
+        real.real_guest(),
+        real.small_disk,
+        kill,
+        real.leftovers,
+        real.cpus_of,
     )
 
 
@@ -180,6 +188,25 @@ async def test_a_vm_grows_and_gives_back(subject: Subject, hypervisor: Hyperviso
     assert has.vcpus == 2
     assert await hypervisor.resize("one", 2, 300 * mib) == dataclasses.replace(small, vcpus=2, memory_bytes=300 * mib)
     assert await reaches_agent(hypervisor, "one")
+
+
+async def test_a_vm_is_kept_to_cpus(subject: Subject, hypervisor: Hypervisor) -> None:
+    """Every thread of every process, one of a plugged CPU too, and again after a restart when it is asked for."""
+    cpu = max(os.sched_getaffinity(0))
+    await hypervisor.boot(real.spec("one", subject.guest, max_vcpus=3))
+    before = subject.cpus(hypervisor, "one")
+    with pytest.raises(VmError):
+        await hypervisor.confine("one", Confinement(cpus=frozenset((8000,))))
+    assert subject.cpus(hypervisor, "one") == before
+    await hypervisor.confine("one", Confinement(cpus=frozenset((cpu,)), mems=frozenset((0,))))
+    assert subject.cpus(hypervisor, "one") == {frozenset((cpu,))}
+    await hypervisor.resize("one", 2, real.MEMORY_BYTES)
+    assert subject.cpus(hypervisor, "one") == {frozenset((cpu,))}
+    assert await reaches_agent(hypervisor, "one")
+    await hypervisor.confine("one", Confinement())
+    assert all(cpus >= frozenset.union(*before) for cpus in subject.cpus(hypervisor, "one"))
+    with pytest.raises(VmGoneError):
+        await hypervisor.confine("none", Confinement())
 
 
 async def test_a_vm_that_cannot_grow(subject: Subject, hypervisor: Hypervisor) -> None:

@@ -18,7 +18,10 @@ PACKAGE = Path(__file__).parents[2] / "vmrt"
 LINE_LIMIT = 500
 
 LEAVES = frozenset(
-    {"vmrt.errors", "vmrt.model", "vmrt.config", "vmrt.spawn", "vmrt.agent.layout", "vmrt.agent.agent_pb2"}
+    {
+        *("vmrt.errors", "vmrt.model", "vmrt.config", "vmrt.spawn", "vmrt.number_list"),
+        *("vmrt.agent.layout", "vmrt.agent.agent_pb2"),
+    }
 )
 
 
@@ -42,6 +45,7 @@ RULES = {
     "vmrt.errors": rule(),
     "vmrt.model": rule("vmrt.errors"),
     "vmrt.config": rule("vmrt.errors", "vmrt.model", outside=("msgspec",)),
+    "vmrt.number_list": rule(),
     "vmrt.realtime": rule(),
     "vmrt.spawn": rule("vmrt.errors", "vmrt.realtime"),
     "vmrt.store": rule("vmrt.errors", "vmrt.model", outside=("msgspec",)),

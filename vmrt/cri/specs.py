@@ -11,6 +11,7 @@ import ipaddress
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from vmrt import number_list
 from vmrt.cri import fields
 from vmrt.cri.fields import refuse, unsupported
 from vmrt.cri.security import container_security, id_mappings, sandbox_security
@@ -69,7 +70,6 @@ def pod_ranges(text: str, path: str) -> tuple[str, ...]:
 
 
 _SYSCTL = re.compile(r"[A-Za-z0-9_-]+([./][A-Za-z0-9_-]+)+")
-_CPU_LIST = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 _PAGE_SIZE = re.compile(r"\d{1,6}[KMGT]B")
 _CGROUP_FILE = re.compile(r"[a-z0-9_]+(\.[A-Za-z0-9_]+)+")
 _CDI_NAME = re.compile(r"[A-Za-z][\w.-]*/[A-Za-z][\w.-]*=[A-Za-z0-9][\w.:-]*", re.ASCII)
@@ -159,8 +159,11 @@ def resources(limits: cri.LinuxContainerResources, path: str) -> LinuxResources:
         fields.number(limits.memory_swap_limit_in_bytes, f"{path}.memory_swap_limit_in_bytes", 0, _INT64_MAX)
     for key, value in (("cpuset_cpus", limits.cpuset_cpus), ("cpuset_mems", limits.cpuset_mems)):
         fields.text(value, f"{path}.{key}")
-        if value and not _CPU_LIST.fullmatch(value):
-            refuse(f"{path}.{key}", f"is {fields.short(value)}, not a list as in '0-3,7' (cpuset(7))")
+        if value:
+            try:
+                number_list.parse(value)
+            except ValueError as e:
+                refuse(f"{path}.{key}", f"is {fields.short(value)}: {e}")
     fields.few(limits.hugepage_limits, f"{path}.hugepage_limits", 16)
     for index, limit in enumerate(limits.hugepage_limits):
         if not _PAGE_SIZE.fullmatch(limit.page_size):
@@ -170,6 +173,8 @@ def resources(limits: cri.LinuxContainerResources, path: str) -> LinuxResources:
         # The key becomes a file name in the guest's cgroup file system.
         if not _CGROUP_FILE.fullmatch(key) or fields.octets(key) > 128:
             refuse(f"{path}.unified", f"has the key {fields.short(key)}, which is no cgroup v2 file")
+        if key.startswith("cpuset."):
+            refuse(f"{path}.unified", f"has the key {key!r}: the guest has other CPUs than the host, say cpuset_cpus")
         fields.text(value, f"{path}.unified[{fields.short(key)}]", limit=1024)
     return LinuxResources(
         cpu_period_us=limits.cpu_period,

@@ -157,7 +157,7 @@ class HostCgroups:
         unified = self._tree.unified
         slow = unified is not None and throttled(unified / below)
         points = self._tree.hierarchies(part, throttled=slow)
-        pids = [pid for process in processes for pid in _family(process.pid)]
+        pids = [pid for process in processes for pid in family(process.pid)]
         if self._systemd and is_slice(parent):
             # One call makes the scope in every hierarchy.
             if bool(points) and (unified is not None or part is Part.LATE):
@@ -196,7 +196,7 @@ class HostCgroups:
             log.warning("%s", text)
 
 
-def _family(pid: int) -> list[int]:
+def family(pid: int) -> list[int]:
     """Return a process and all below it: virtiofsd serves from a child (proc_pid_task(5): children)."""
     found = [pid]
     for parent in found:

@@ -38,13 +38,12 @@ from vmrt.hypervisor.libvirt_host import DomainChange, LibvirtHost
 from vmrt.hypervisor.record import Helper, VmPaths, VmRecord, paths_of, read, write
 from vmrt.hypervisor.vm import Vm, VmState, until_ready, wait_gone
 from vmrt.hypervisor.vsock import KERNEL_DEVICE, Connection, HybridVsock, KernelVsock, KernelVsockListener, Vsock
-from vmrt.model import Disk, VmEvent, VmEventKind, VmSize, VmSpec
+from vmrt.model import Confinement, Disk, VmEvent, VmEventKind, VmSize, VmSpec
 from vmrt.spawn import ProcessId
 
 log = logging.getLogger(__name__)
 
 _KILL_TIMEOUT_S = 10.0
-_LET_GO_TIMEOUT_S = 10.0
 _CONSOLE_DRAIN_S = 1.0
 _CLEAR_TIMEOUT_S = 5.0  # how long a start waits for the removal of what an earlier daemon left half-made
 _CLEAR_PAUSES_S = (0, 1, 5, 20)
@@ -263,27 +262,10 @@ class LibvirtHypervisor:
             del self._vms[vm.vm_id]
 
     async def _let_go(self, vm: Vm) -> None:
-        """See to it that libvirt forgets the domain of a killed QEMU.
-
-        It notices by itself, but only once the host's init has reaped QEMU, which takes seconds where that is no real
-        init. Nobody has to wait for it but a boot with the same id.
-        """
+        """See to it that libvirt forgets the domain of a killed QEMU; only a boot with the same id waits for it."""
         try:
-            async with asyncio.timeout(_LET_GO_TIMEOUT_S):
-                if await self._host.exists(vm.domain):
-                    await vm.stopped.wait()
-                # The event comes a moment before the domain's name is free.
-                while True:
-                    if not await self._host.exists(vm.domain):
-                        break
-                    await asyncio.sleep(0.01)
-        except TimeoutError:
-            try:
-                await self._host.destroy(vm.domain)
-            except VmrtError as e:
-                log.warning("vm %s: %s", vm.vm_id, e)
+            await self._host.let_go(vm.domain, vm.stopped)
         finally:
-            self._host.drop_log(vm.domain)
             self._lingering.pop(vm.domain, None)
             vm.forgotten.set()
 
@@ -322,10 +304,18 @@ class LibvirtHypervisor:
         async with self._while_it_runs(vm_id, "cgroup") as vm:
             await placement.place(self._cgroups, vm, cgroup_parent, *cgroup.Part)
 
+    async def confine(self, vm_id: str, wanted: Confinement) -> None:
+        """Keep a VM to CPUs and memory nodes of the host."""
+        async with self._while_it_runs(vm_id, "cpuset") as vm:
+            await placement.keep(vm, wanted)
+
     async def resize(self, vm_id: str, vcpus: int, memory_bytes: int) -> VmSize:
         """Enlarge a VM to at least this size, or ask it to give memory back; return what it has then."""
         async with self._while_it_runs(vm_id, "resize") as vm:
-            return await size.resize(self._host, vm, vcpus, memory_bytes)
+            try:
+                return await size.resize(self._host, vm, vcpus, memory_bytes)
+            finally:
+                await placement.keep_new(vm)
 
     async def size(self, vm_id: str) -> VmSize:
         """Return what a VM has, and what it can be enlarged to."""
@@ -345,8 +335,7 @@ class LibvirtHypervisor:
 
     def processes(self, vm_id: str) -> Sequence[ProcessId]:
         """Return QEMU and its helpers."""
-        record = self._running(vm_id, "processes").record
-        return [process for process in (record.qemu, *record.helpers.values()) if process is not None]
+        return self._running(vm_id, "processes").processes()
 
     # --- ends -------------------------------------------------------------------------------------------------------
 

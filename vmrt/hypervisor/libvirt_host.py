@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import logging
 import os
 import signal
 import threading
@@ -20,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vmrt.errors import VmError, VmGoneError
+from vmrt.errors import VmError, VmGoneError, VmrtError
 from vmrt.hypervisor.domain import METADATA_URI, DomainIdentity, identity_in
 
 # Read once, when libvirt is loaded. All that it would log reaches us as exceptions and events; whoever hunts a bug in
@@ -32,8 +33,11 @@ import libvirt
 T = TypeVar("T")
 
 # One thread a boot or attach at work: libvirt serialises per domain and parallelises between them.
+log = logging.getLogger(__name__)
+
 _THREADS = 8
 _KILL_TIMEOUT_S = 10.0
+_LET_GO_TIMEOUT_S = 10.0
 _MESSAGE_LIMIT = 1000
 _MESSAGE_HEAD = 200
 _GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
@@ -291,6 +295,29 @@ class LibvirtHost:
             return found
 
         return await self.call(ours, phase="open", resource=self.uri)
+
+    async def let_go(self, name: str, stopped: asyncio.Event) -> None:
+        """See to it that libvirt forgets the domain of a killed QEMU; `stopped` is set when it has told of its end.
+
+        It notices by itself, but only once the host's init has reaped QEMU, which takes seconds where that is no real
+        init.
+        """
+        try:
+            async with asyncio.timeout(_LET_GO_TIMEOUT_S):
+                if await self.exists(name):
+                    await stopped.wait()
+                # The event comes a moment before the domain's name is free.
+                while True:
+                    if not await self.exists(name):
+                        break
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            try:
+                await self.destroy(name)
+            except VmrtError as e:
+                log.warning("%s: %s", name, e)
+        finally:
+            self.drop_log(name)
 
     def drop_log(self, name: str) -> None:
         """Remove what QEMU wrote to its log: libvirt keeps it for ever."""

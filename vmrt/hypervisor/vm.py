@@ -19,7 +19,7 @@ from vmrt.hypervisor.access import QemuUser
 from vmrt.hypervisor.console import Console
 from vmrt.hypervisor.record import Helper, VmPaths, VmRecord, write
 from vmrt.hypervisor.vsock import Vsock
-from vmrt.model import VmEvent, VmEventKind
+from vmrt.model import Confinement, VmEvent, VmEventKind
 from vmrt.spawn import ProcessId
 
 # How long QEMU's end waits for libvirt's word on it, and a helper's for QEMU's.
@@ -74,6 +74,8 @@ class Vm:
         self.disks: dict[str, int] = {}
         self.disks_lock = asyncio.Lock()
         self.size_lock = asyncio.Lock()
+        self.confinement = Confinement()
+        self.confine_lock = asyncio.Lock()
         self.teardown: asyncio.Task[None] | None = None
         self.watches: list[ProcessWatch] = []
 
@@ -137,6 +139,10 @@ class Vm:
     def _oom_killed(self, process: ProcessId) -> bool:
         """Ask the kernel's log, and the counters of the VM's own cgroups where it may not be read."""
         return oom.killed(process) or cgroup.oom_kills(Path(path) for path in self.record.cgroups) > 0
+
+    def processes(self) -> list[ProcessId]:
+        """Return QEMU and its helpers."""
+        return [process for process in (self.record.qemu, *self.record.helpers.values()) if process is not None]
 
     def processes_alive(self) -> bool:
         """Say whether QEMU and all helpers run."""

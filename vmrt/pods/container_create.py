@@ -33,6 +33,7 @@ from vmrt.pods import (
     block_devices,
     cdi,
     container_mounts,
+    cpusets,
     devices,
     guest_volumes,
     image_volumes,
@@ -66,6 +67,7 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
             resource=f"sandbox {sandbox.id}",
             hint=sandbox.record.reason,
         )
+    cpusets.require_present(spec.resources, cpusets.Host.read(), "config.linux.resources")
     image = table.images.get(spec.image)
     if image is None:
         raise NotFoundError(f"the image {spec.image!r} is not on this node", hint="pull or load it first")
@@ -98,6 +100,7 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
         try:
             for image_id in {image.id, *(volume.id for volume in volume_images.values())}:
                 table.images.retain(image_id, container_id)
+            await cpusets.settle(table, sandbox)
             await block_devices.attach(table, sandbox, blocks)
             prepared = await container_mounts.prepare(table, sandbox, container_id, full.mounts, plan)
             prepared = container_mounts.Prepared(
@@ -152,6 +155,7 @@ async def undo_create(table: PodTable, sandbox: LiveSandbox | None, live: LiveCo
     position_file(table, live.record).unlink(missing_ok=True)
     table.images.release(live.id)
     table.forget_container(live)
+    cpusets.settle_later(table, live.record.sandbox_id)
 
 
 async def again(call: Callable[[], Awaitable[None]]) -> None:

@@ -9,6 +9,7 @@ import time
 from vmrt.agent import agent_pb2 as pb
 from vmrt.errors import NotFoundError, VmGoneError, VmrtError
 from vmrt.model import VmEvent, VmEventKind
+from vmrt.pods import cpusets
 from vmrt.pods.records import ContainerState, SandboxState
 from vmrt.pods.table import LiveContainer, LiveSandbox, PodTable
 
@@ -73,6 +74,7 @@ def finish(
         "finished_ns": max(finished_ns or time.time_ns(), started_ns),
     }
     table.save_container(live, record.moved(ContainerState.EXITED, **changes))
+    cpusets.settle_later(table, record.sandbox_id)
     log.info("container %s exited with %d (%s)", live.id[:13], exit_code, reason)
 
 

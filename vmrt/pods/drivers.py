@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from vmrt.model import Disk, Image, PodNetwork, RegistryAuth, SandboxSpec, VmEvent, VmSize, VmSpec
+from vmrt.model import Confinement, Disk, Image, PodNetwork, RegistryAuth, SandboxSpec, VmEvent, VmSize, VmSpec
 from vmrt.spawn import ProcessId
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -76,6 +76,14 @@ class Hypervisor(Protocol):
 
         `InvalidArgumentError` for one that is no name of a cgroup. What the host has no controller for is told once, as
         a warning. `destroy` removes what this made.
+        """
+        ...
+
+    async def confine(self, vm_id: str, wanted: Confinement) -> None:
+        """Keep a VM, with helpers and threads made later, to CPUs and memory nodes of the host; the last call counts.
+
+        `UnsupportedError` for memory nodes that cannot be kept to, `VmError` for what the host refuses. It is forgotten
+        when the driver closes, though not undone: after `open` it has to be asked for again to hold for later threads.
         """
         ...
 

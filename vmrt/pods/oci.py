@@ -128,7 +128,7 @@ def resources(limits: LinuxResources) -> dict[str, Any]:
         )
         if value
     }
-    # cpuset is left out: its numbers are the host's. It acts on the VM's vCPU threads.
+    # cpuset is left out: its numbers are the host's, and act there (vmrt/pods/cpusets.py).
     result: dict[str, Any] = {}
     if memory:
         result["memory"] = memory

@@ -14,7 +14,7 @@ from typing import Any
 from vmrt.agent_client import AgentClient
 from vmrt.errors import ExhaustedError, FailedPreconditionError, InvalidArgumentError, VmGoneError, VmrtError
 from vmrt.model import LinuxResources
-from vmrt.pods import oci, sizing
+from vmrt.pods import cpusets, oci, sizing
 from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.records import ContainerState, SandboxRecord, SandboxState
 from vmrt.pods.table import LiveContainer, LiveSandbox, PodTable
@@ -99,16 +99,18 @@ async def update_container(table: PodTable, live: LiveContainer, change: LinuxRe
         old = record.spec.resources
         wanted = merged(old, change)
         try:
+            cpusets.require_present(wanted, cpusets.Host.read())
             await _make_room(table, sandbox, wanted)
             check(wanted, old, *vm_size(table, sandbox.record))
             if wanted != old:
                 await _check_usage(sandbox, live, wanted, old)
-                await _apply(sandbox, live, wanted, old)
+                await _apply(table, sandbox, live, wanted, old)
         except VmrtError as e:
             e.phase, e.resource = e.phase or "update", e.resource or f"container {live.id}"
             raise
         # The container may have ended meanwhile: its state is not ours to write.
         table.save_container(live, replace(live.record, spec=replace(record.spec, resources=wanted)))
+        cpusets.settle_later(table, sandbox.id)  # whoever settled meanwhile did not know of the change
 
 
 async def _check_usage(sandbox: LiveSandbox, live: LiveContainer, wanted: LinuxResources, old: LinuxResources) -> None:
@@ -123,7 +125,9 @@ async def _check_usage(sandbox: LiveSandbox, live: LiveContainer, wanted: LinuxR
         )
 
 
-async def _apply(sandbox: LiveSandbox, live: LiveContainer, wanted: LinuxResources, old: LinuxResources) -> None:
+async def _apply(
+    table: PodTable, sandbox: LiveSandbox, live: LiveContainer, wanted: LinuxResources, old: LinuxResources
+) -> None:
     agent = sandbox.need_agent()
 
     async def restore() -> None:
@@ -133,8 +137,11 @@ async def _apply(sandbox: LiveSandbox, live: LiveContainer, wanted: LinuxResourc
             pass  # and its limits with it
         except VmrtError as e:
             log.error("container %s: could not restore its limits after a failed update: %s", live.id[:13], e)
+        cpusets.settle_later(table, sandbox.id)
 
     try:
+        if (wanted.cpuset_cpus, wanted.cpuset_mems) != (old.cpuset_cpus, old.cpuset_mems):
+            await cpusets.settle(table, sandbox, container=(live.id, wanted))
         await agent.update_container(live.id, json.dumps(oci.resources(wanted)).encode())
     except BaseException:
         await uncancelled(restore())
@@ -195,12 +202,17 @@ async def update_sandbox(
                     raise ExhaustedError(f"{name}: the pod's VM would need {wanted} {unit}, it may have {most} {unit}")
             if memory_bytes < has_bytes:
                 await _check_vm_usage(live, memory_bytes)
+            if resources is not None:
+                cpusets.require_present(resources, cpusets.Host.read(), "resources")
+                await cpusets.settle(table, live, pod=resources)
             if (vcpus, memory_bytes) != (has_vcpus, has_bytes):
                 memory_bytes = await fit(table, live, live.need_agent(), vcpus, memory_bytes)
         except VmrtError as e:
+            cpusets.settle_later(table, live.id)
             e.phase, e.resource = "resize", f"sandbox {live.id}"
             raise
         table.save_sandbox(live, replace(live.record, spec=spec, vcpus=vcpus, memory_bytes=memory_bytes))
+        cpusets.settle_later(table, live.id)  # as above
 
 
 async def _check_vm_usage(live: LiveSandbox, memory_bytes: int) -> None:

@@ -15,7 +15,7 @@ from vmrt.agent import agent_pb2 as pb
 from vmrt.agent_client import AgentClient
 from vmrt.errors import DeadlineError, UnavailableError, VmError, VmGoneError, VmrtError
 from vmrt.model import DnsConfig, NamespaceMode, NamespaceOptions, PodNetwork, SandboxSpec, VmSpec
-from vmrt.pods import pod_vm, resize, resolv, scratch, sizing
+from vmrt.pods import cpusets, pod_vm, resize, resolv, scratch, sizing
 from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.container_events import watch
 from vmrt.pods.records import SandboxRecord, SandboxState
@@ -58,6 +58,8 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
     """Start a sandbox and return its id; READY, with its addresses known. On any failure nothing is left."""
     handler_name, handler = table.handler(spec.runtime_handler)
     guest = table.guest(handler_name)
+    if spec.resources is not None:
+        cpusets.require_present(spec.resources, cpusets.Host.read(), "config.linux.resources")
     vcpus, memory_bytes = sizing.size(spec, table.config.hypervisor, handler)
     phases = Phases()
     sandbox_id = secrets.token_hex(32)
@@ -102,6 +104,7 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
                 )
                 network = await _vm_and_network(table, live, vm, phases)
             await both(_join(table, live, phases), _configure(table, live, network, phases))
+        await cpusets.settle(table, live)
         state_dir(table, sandbox_id).mkdir(parents=True, exist_ok=True)
         if vm_id not in table.hypervisor.list():
             # The event of its end has come while there was nothing READY that it could change.
