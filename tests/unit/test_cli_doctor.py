@@ -36,11 +36,13 @@ GOOD = Facts(
     skopeo=Tool("/usr/bin/skopeo", "1.9.3"),
     policy_json="/etc/containers/policy.json",
     registries_conf="/etc/containers/registries.conf",
+    apparmor_parser=Tool("/usr/sbin/apparmor_parser", "3.0.8"),
+    seccomp_json="/usr/share/containers/seccomp.json",
     guest=GuestFact("/var/lib/vmrt/guest", "v1", "6.1.0"),
     disk_free_bytes=50 * 1024**3,
     memory_available_bytes=8 * 1024**3,
     cgroup_version=2,
-    cgroup_controllers=("cpu", "io", "memory", "pids"),
+    cgroup_controllers=("cpu", "cpuset", "io", "memory", "pids"),
     daemon=DaemonFact("/run/vmrt/vmrt.sock", "0.1.0", 7),
 )
 NO_KERNEL_VSOCK = {"kernel_vsock": Device(), "vhost_device_vsock": Tool(error="it is not installed")}
@@ -117,9 +119,15 @@ def test_a_good_machine_has_nothing_to_mend() -> None:
         ({"disk_free_bytes": 1024**2}, "disk", "fail", "make room"),
         ({"memory_available_bytes": 1024**3}, "memory", "warn", "default_memory_bytes"),
         ({"memory_available_bytes": 1024**2}, "memory", "fail", "add memory"),
-        ({"cgroup_version": 1}, "cgroups", "warn", "version 1"),
+        ({"cgroup_version": 1}, "cgroups", "ok", "version 1"),
+        ({"systemd": True}, "cgroups", "warn", "busctl"),
+        ({"systemd": True, "busctl": "/usr/bin/busctl"}, "cgroups", "ok", "version 2"),
+        ({"systemd": True, "config": config(cgroup_driver="cgroupfs")}, "cgroups", "ok", "version 2"),
+        ({"config": config(cgroup_driver="systemd")}, "cgroups", "warn", "busctl"),
+        ({"seccomp_json": ""}, "seccomp", "fail", "RuntimeDefault are refused"),
+        ({"apparmor_parser": Tool(error="it is not installed")}, "apparmor", "warn", "apt-get install apparmor"),
         ({"cgroup_version": 0, "cgroup_controllers": ()}, "cgroups", "warn", "none mounted"),
-        ({"cgroup_controllers": ("cpu", "pids")}, "cgroups", "warn", "no memory controller"),
+        ({"cgroup_controllers": ("cpu", "pids")}, "cgroups", "warn", "no cpuset, memory controller"),
         ({"config": Config(root=Path("/" + "x" * 60))}, "socket paths", "fail", "at most"),
         ({"daemon": DaemonFact("/s", error="nobody listens")}, "daemon", "warn", "vmrt serve"),
         ({"daemon": DaemonFact("/s", "9.9.9", 7)}, "daemon", "warn", "9.9.9"),
@@ -135,6 +143,12 @@ def test_what_is_lacking_is_said_with_its_cost_and_its_mending(
     if found.status is not Status.OK:
         assert found.detail and found.costs and found.mend
     assert all(each.status is Status.OK for each in results.values()), "one lack is one finding"
+
+
+def test_the_doctor_looks_where_the_daemon_does() -> None:
+    from vmrt.pods import seccomp
+
+    assert facts.SECCOMP_PROFILES == seccomp.DEFAULT_PROFILES
 
 
 def test_the_bound_of_a_root() -> None:

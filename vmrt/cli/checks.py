@@ -317,6 +317,33 @@ def image_policy(facts: Facts) -> Finding:
     return Finding("policy.json", Status.OK, f"{facts.policy_json}, {facts.registries_conf}")
 
 
+def seccomp(facts: Facts) -> Finding:
+    """Check the profile RuntimeDefault, which kubelet asks for with every pod."""
+    if not facts.seccomp_json:
+        return Finding(
+            "seccomp",
+            Status.FAIL,
+            "there is no default profile",
+            "containers with the seccomp profile RuntimeDefault are refused",
+            "apt-get install golang-github-containers-common",
+        )
+    return Finding("seccomp", Status.OK, facts.seccomp_json)
+
+
+def apparmor(facts: Facts) -> Finding:
+    """Check what compiles AppArmor profiles for the guest; the host's own kernel need not have AppArmor."""
+    tool = facts.apparmor_parser
+    if not tool.version:
+        return Finding(
+            "apparmor",
+            Status.WARN,
+            tool.error,
+            "containers with an AppArmor profile are refused",
+            "apt-get install apparmor",
+        )
+    return Finding("apparmor", Status.OK, f"{tool.path} {tool.version}")
+
+
 def guest(facts: Facts) -> Finding:
     """Check the image that VMs boot."""
     if facts.guest.error:
@@ -364,17 +391,25 @@ def memory(facts: Facts) -> Finding:
 
 def cgroups(facts: Facts) -> Finding:
     """Check what limits QEMU and its helpers on the host."""
-    missing = [name for name in ("cpu", "memory", "pids") if name not in facts.cgroup_controllers]
-    if facts.cgroup_version != 2 or missing:
-        detail = {0: "none mounted", 1: "version 1"}.get(facts.cgroup_version, f"no {', '.join(missing)} controller")
+    missing = [name for name in ("cpu", "cpuset", "memory", "pids") if name not in facts.cgroup_controllers]
+    if not facts.cgroup_version or missing:
         return Finding(
             "cgroups",
             Status.WARN,
-            detail,
-            "limits hold inside the guest only; nothing bounds QEMU on the host",
+            f"no {', '.join(missing)} controller" if facts.cgroup_version else "none mounted",
+            "of these limits those of containers hold in the guest, those of pods bound no QEMU on the host",
             "boot with systemd.unified_cgroup_hierarchy=1, or mount cgroup2 with all controllers",
         )
-    return Finding("cgroups", Status.OK, f"version 2 with {', '.join(facts.cgroup_controllers)}")
+    driver = facts.config.hypervisor.cgroup_driver
+    if (driver == "systemd" or (driver == "auto" and facts.systemd)) and not facts.busctl:
+        return Finding(
+            "cgroups",
+            Status.WARN,
+            "systemd makes them, and busctl is not installed",
+            "pods' limits bound no QEMU on the host",
+            'apt-get install systemd, or set hypervisor.cgroup_driver = "cgroupfs" here and in kubelet',
+        )
+    return Finding("cgroups", Status.OK, f"version {facts.cgroup_version} with {', '.join(facts.cgroup_controllers)}")
 
 
 def paths(facts: Facts) -> Finding:
@@ -439,7 +474,7 @@ def delegate(found: DelegateFact, *, systemd: bool) -> Finding:
 
 CHECKS: tuple[Callable[[Facts], Finding], ...] = (
     *(privileges, kvm, qemu, qboot, qemu_user, libvirt, vsock, virtiofsd),
-    *(tun, redirect, nat, cni, skopeo, image_policy, guest),
+    *(tun, redirect, nat, cni, skopeo, image_policy, seccomp, apparmor, guest),
     *(disk, memory, cgroups, paths, daemon),
 )
 

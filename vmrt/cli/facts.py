@@ -31,6 +31,8 @@ PROBE_TIMEOUT_S = 20.0
 QBOOT = Path("/usr/share/qemu/qboot.rom")
 # Where distributions put virtiofsd: none of these is on PATH.
 VIRTIOFSD = (Path("/usr/libexec/virtiofsd"), Path("/usr/lib/virtiofsd"), Path("/usr/lib/qemu/virtiofsd"))
+# Where vmrt.pods.seccomp finds the profile RuntimeDefault.
+SECCOMP_PROFILES = (Path("/etc/containers/seccomp.json"), Path("/usr/share/containers/seccomp.json"))
 SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 # What the bridge plugin's ipMasq asks of iptables.
 NAT_RULES = b"*nat\n-A POSTROUTING -m comment --comment vmrt -j MASQUERADE\nCOMMIT\n"
@@ -137,6 +139,9 @@ class Facts:
     skopeo: Tool = Tool()
     policy_json: str = ""
     registries_conf: str = ""
+    apparmor_parser: Tool = Tool()
+    seccomp_json: str = ""
+    busctl: str = ""
     guest: GuestFact = GuestFact()
     disk_free_bytes: int = 0
     memory_available_bytes: int = 0
@@ -155,6 +160,7 @@ async def gather(config: Config, options: Options) -> Facts:
         start = group.create_task
         qemu, vhost_device = start(_tool(str(h.qemu_binary))), start(_tool(str(h.vhost_device_vsock)))
         virtiofsd, skopeo = start(_tool(h.virtiofsd or _first(VIRTIOFSD))), start(_tool("skopeo"))
+        apparmor_parser = start(_tool("apparmor_parser"))
         libvirt, trial, failure = start(_libvirt(config)), start(_network_trial()), start(_kvm_failure(config))
         daemon = start(asyncio.to_thread(_daemon, options))
         guest = start(asyncio.to_thread(_guest, config))
@@ -181,6 +187,9 @@ async def gather(config: Config, options: Options) -> Facts:
         skopeo=skopeo.result(),
         policy_json=_existing(config.images.policy_json, "/etc/containers/policy.json"),
         registries_conf=_existing(config.images.registries_conf, "/etc/containers/registries.conf"),
+        apparmor_parser=apparmor_parser.result(),
+        seccomp_json=next((str(path) for path in SECCOMP_PROFILES if path.exists()), ""),
+        busctl=_which("busctl"),
         guest=guest.result(),
         disk_free_bytes=_free_bytes(config.root),
         memory_available_bytes=_memory_available(),
