@@ -213,6 +213,9 @@ class FakeHypervisor:
         console = self._ended[vm_id][0].console if vm_id in self._ended else self._running(vm_id).console
         return console[-limit_bytes:] if limit_bytes > 0 else ""
 
+    def share_process(self, vm_id: str) -> ProcessId | None:
+        return None if self._running(vm_id).spec.share_dir is None else spawn.identify(os.getpid())
+
     def processes(self, vm_id: str) -> Sequence[ProcessId]:
         self._running(vm_id)
         process = spawn.identify(os.getpid())

@@ -123,6 +123,7 @@ async def test_life_of_a_vm(subject: Subject, hypervisor: Hypervisor) -> None:
     await hypervisor.boot(real.spec("one", subject.guest))
     assert list(hypervisor.list()) == ["one"]
     assert hypervisor.processes("one")
+    assert hypervisor.share_process("one") is None
     assert await reaches_agent(hypervisor, "one")
     with pytest.raises(VmError) as nobody:
         await hypervisor.dial("one", 7777)
@@ -240,6 +241,8 @@ async def test_unknown_vm(subject: Subject, hypervisor: Hypervisor) -> None:
         hypervisor.console_tail("none")
     with pytest.raises(VmGoneError):
         hypervisor.processes("none")
+    with pytest.raises(VmGoneError):
+        hypervisor.share_process("none")
     await hypervisor.destroy("none")
 
 

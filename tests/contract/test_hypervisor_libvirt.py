@@ -51,7 +51,11 @@ async def test_qemu_is_confined_and_the_share_is_served(hypervisor: LibvirtHyper
     layer = real.small_disk("layer")
     await hypervisor.boot(real.spec("one", real.real_guest(), share_dir=share, disks=(scratch, layer)))
     qemu, *helpers = hypervisor.processes("one")
-    assert helpers
+    share_process = hypervisor.share_process("one")
+    assert share_process in helpers
+    # Where volumes are mounted: in its own namespace, which has nothing but the share in it.
+    (mounted,) = Path(f"/proc/{share_process.pid}/mountinfo").read_text().splitlines()
+    assert mounted.split()[3].endswith("/share")
     status = status_of(qemu)
     assert "0" not in status["Uid"].split()
     assert int(status["CapEff"], 16) == 0

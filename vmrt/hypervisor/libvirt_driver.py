@@ -333,6 +333,10 @@ class LibvirtHypervisor:
             raise VmGoneError("the VM does not exist", phase="console", resource=f"vm {vm_id}")
         return vm.console.tail(limit_bytes)
 
+    def share_process(self, vm_id: str) -> ProcessId | None:
+        """Return virtiofsd, in whose mount namespace the VM's volumes are; None for a VM without a share."""
+        return self._running(vm_id, "share").record.helpers.get(Helper.VIRTIOFSD)
+
     def processes(self, vm_id: str) -> Sequence[ProcessId]:
         """Return QEMU and its helpers."""
         return self._running(vm_id, "processes").processes()

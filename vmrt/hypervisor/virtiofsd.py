@@ -3,8 +3,8 @@
 Two programs have the name: QEMU's own in C (Debian 12, up to QEMU 7.2) and its Rust successor; they differ in how the
 directory is named. Either gets its socket from us, bound and listening, so that QEMU never comes too early. It runs as
 root in a sandbox of its own making (mount, PID and network namespaces, pivot_root into the share, few capabilities): it
-has to act as any file owner inside the share and can see nothing outside it. Both make their mount tree a slave of the
-host's, so that what the daemon mounts into the share later appears in the guest.
+has to act as any file owner inside the share and can see nothing outside it. Volumes are mounted in its
+namespace, which is there once QEMU has connected, and appear in the guest.
 """
 
 from __future__ import annotations

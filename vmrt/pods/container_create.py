@@ -38,6 +38,7 @@ from vmrt.pods import (
     guest_volumes,
     image_volumes,
     oci,
+    pod_vm,
     seccomp,
     volumes,
 )
@@ -151,7 +152,9 @@ async def undo_create(table: PodTable, sandbox: LiveSandbox | None, live: LiveCo
         await live.pump.stop()
     owner = table.sandboxes.get(live.record.sandbox_id)
     if owner is not None:
-        await asyncio.to_thread(volumes.unbind, table.config.root, owner.record.vm_id, live.id)
+        vm_id = owner.record.vm_id
+        share = pod_vm.share_of(table.hypervisor, vm_id)
+        await asyncio.to_thread(volumes.unbind, table.config.root, vm_id, live.id, share)
     position_file(table, live.record).unlink(missing_ok=True)
     table.images.release(live.id)
     table.forget_container(live)

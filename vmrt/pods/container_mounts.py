@@ -64,12 +64,12 @@ async def prepare(
             case Mirrored():
                 if name := await _mirror(table, sandbox, where.path):
                     made[index] = BoundMount(mount, guest_volumes.source(name))
+    vm_id = sandbox.record.vm_id
+    share, elsewhere = table.hypervisor.share_process(vm_id), made.keys()
     # Not to be cancelled half-way: the undo would run beside it.
     shared = iter(
         await uncancelled(
-            asyncio.to_thread(
-                volumes.bind, table.config.root, sandbox.record.vm_id, container_id, mounts, elsewhere=made.keys()
-            )
+            asyncio.to_thread(volumes.bind, table.config.root, vm_id, container_id, mounts, share, elsewhere=elsewhere)
         )
     )
     bound = tuple(

@@ -108,6 +108,10 @@ class Hypervisor(Protocol):
         """Return the end of what the guest wrote to its console, undecodable octets and control codes replaced."""
         ...
 
+    def share_process(self, vm_id: str) -> ProcessId | None:
+        """Return virtiofsd, in whose mount namespace the VM's volumes are; None for a VM without a share."""
+        ...
+
     def processes(self, vm_id: str) -> Sequence[ProcessId]:
         """Return QEMU and its helpers (for memory figures and cgroups)."""
         ...

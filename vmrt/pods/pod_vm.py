@@ -14,9 +14,12 @@ from pathlib import Path
 
 from vmrt.agent_client import AgentClient
 from vmrt.config import Config
+from vmrt.errors import VmGoneError
 from vmrt.model import Disk, VmSpec
 from vmrt.pods import scratch, volumes
+from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.drivers import Connection, Hypervisor, Network
+from vmrt.spawn import ProcessId
 
 Timer = Callable[[str], contextlib.AbstractContextManager[None]]
 
@@ -42,6 +45,16 @@ async def make(config: Config, hypervisor: Hypervisor, network: Network, vm: VmS
         share = await asyncio.to_thread(volumes.make, config.root, vm.vm_id) if settings.share else None
     with phase("boot"):
         await hypervisor.boot(replace(vm, disks=(Disk(scratch.SERIAL, disk, readonly=False),), share_dir=share))
+    # Nothing of a container has been in the guest yet.
+    if (process := hypervisor.share_process(vm.vm_id)) is not None:
+        await uncancelled(asyncio.to_thread(volumes.seal, process))
+
+
+def share_of(hypervisor: Hypervisor, vm_id: str) -> ProcessId | None:
+    """Return a VM's virtiofsd; None when it has none, or has ended."""
+    with contextlib.suppress(VmGoneError):
+        return hypervisor.share_process(vm_id)
+    return None
 
 
 async def unmake(root: Path, hypervisor: Hypervisor, network: Network, vm_id: str, tap: str) -> None:

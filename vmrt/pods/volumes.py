@@ -1,14 +1,13 @@
 """A pod's volumes: host paths bound into the directory that the pod's virtiofsd serves.
 
     <root>/share/<vm id>/files/<volume>             an empty directory or file: where a volume is mounted
-    <root>/share/<vm id>/guest/                     a bind mount of files/, read-only, shared; virtiofsd's root
-    <root>/share/<vm id>/guest/<volume>             the volume
     <root>/share/<vm id>/users/<container>/<volume> says that a container uses a volume
 
-virtiofsd's mount namespace is a slave of ours, so a volume bound below guest/ appears in the guest. The guest's root
-may do to virtiofsd's root what it likes: that mount is read-only, so it cannot put a symbolic link where the next
-volume is to be mounted. Mount points are made and removed by way of files/, where no volume is ever visible: clean-up
-cannot reach a volume's content.
+files/ is virtiofsd's root, and the volumes are mounted in virtiofsd's mount namespace only (share_namespace.py): the
+host's mount table shows nothing of them, and a directory of the host is as free to be removed as before. Mount points
+are made and removed by way of files/, where no volume is visible: clean-up cannot reach a volume's content. The guest's
+root may do to virtiofsd's root what it likes: there it is read-only, so nobody can put a symbolic link where the next
+volume is to be mounted.
 
 A volume is bound once for all containers of a pod that mount it the same way, so that they see one file system and one
 inode: Unix sockets and FIFOs in it connect them. Its name says what it is (`_identity`), so the second one finds it.
@@ -26,18 +25,28 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vmrt.agent import layout
-from vmrt.errors import ExhaustedError, FailedPreconditionError, InvalidArgumentError, UnsupportedError, VmrtError
+from vmrt.errors import (
+    ExhaustedError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    UnsupportedError,
+    VmGoneError,
+    VmrtError,
+)
 from vmrt.model import Mount, Propagation
-from vmrt.pods import host_paths, idmap, mount_tree
+from vmrt.pods import host_paths, idmap, mount_tree, share_namespace
 from vmrt.pods.oci import BoundMount
+from vmrt.pods.share_namespace import ShareNamespace
+from vmrt.spawn import ProcessId
 
 log = logging.getLogger(__name__)
 
-# kubelet's pods have a few tens. Each costs a mount here, one in virtiofsd's namespace and one in the guest.
+# kubelet's pods have a few tens. Each costs a mount in virtiofsd's namespace and one in the guest.
 MAX_MOUNTS = 256
 # Host mounts below one volume: an rbind of a node's root brings all of the node's.
 MAX_SUBMOUNTS = 4096
@@ -58,7 +67,7 @@ def directory(root: Path, vm_id: str) -> Path:
 
 def served(root: Path, vm_id: str) -> Path:
     """Return the directory that the VM's virtiofsd serves."""
-    return directory(root, vm_id) / "guest"
+    return directory(root, vm_id) / "files"
 
 
 def vm_ids(root: Path) -> list[str]:
@@ -70,35 +79,40 @@ def vm_ids(root: Path) -> list[str]:
 
 def make(root: Path, vm_id: str) -> Path:
     """Make a VM's share and return the directory for virtiofsd. The caller undoes with `remove`."""
-    files, guest = directory(root, vm_id) / "files", served(root, vm_id)
+    files = served(root, vm_id)
     try:
         # Volumes may be secrets: nobody but root passes here.
         directory(root, vm_id).parent.mkdir(mode=0o700, exist_ok=True)
         directory(root, vm_id).mkdir(mode=0o700)
         files.mkdir(mode=0o755)
-        guest.mkdir(mode=0o755)
-        with _opened(files) as source, _opened(guest) as target:
-            tree = mount_tree.clone(source)
-            try:
-                # Private first: a peer of the root's own mount would show the volumes below files/, too.
-                read_only = mount_tree.RDONLY | mount_tree.NOSUID | mount_tree.NODEV
-                mount_tree.change(tree, attributes=read_only, propagation=mount_tree.PRIVATE)
-                mount_tree.attach(tree, target)
-                mount_tree.change(tree, propagation=mount_tree.SHARED, recursive=False)
-            finally:
-                os.close(tree)
     except OSError as e:
         kind = ExhaustedError if e.errno in (errno.ENOSPC, errno.EDQUOT) else VmrtError
-        raise kind(f"cannot make the share: {e.strerror}", phase=_PHASE, resource=str(guest)) from e
-    return guest
+        raise kind(f"cannot make the share: {e.strerror}", phase=_PHASE, resource=str(files)) from e
+    return files
+
+
+def seal(share: ProcessId) -> None:
+    """Take from the guest what it could do to the share's root; before anything is bound. Raises `VmrtError`."""
+    try:
+        with share_namespace.of(share) as namespace:
+            namespace.seal()
+    except OSError as e:
+        raise VmrtError(f"cannot make the share's root read-only: {e.strerror}", phase=_PHASE) from e
 
 
 def bind(
-    root: Path, vm_id: str, container_id: str, mounts: Sequence[Mount], *, elsewhere: Collection[int] = ()
+    root: Path,
+    vm_id: str,
+    container_id: str,
+    mounts: Sequence[Mount],
+    share: ProcessId | None,
+    *,
+    elsewhere: Collection[int] = (),
 ) -> tuple[BoundMount, ...]:
     """Bind a container's volumes into its sandbox's share; the guest paths come back with them.
 
-    `elsewhere` are the indices of mounts that are not the share's; nor are images, which image_volumes.py has.
+    `share` is the VM's virtiofsd, None for a VM without one. `elsewhere` are the indices of mounts that are not the
+    share's; nor are images, which image_volumes.py has.
 
     Each host path is looked up once, symbolic links followed, by opening it; everything after acts on the descriptor.
     A path that does not exist is an error (`Mount.host_path` in CRI). The caller undoes with `unbind`, also after a
@@ -108,8 +122,7 @@ def bind(
         return ()
     if len(mounts) > MAX_MOUNTS:
         raise InvalidArgumentError(f"config.mounts has {len(mounts)} entries; vmrt takes {MAX_MOUNTS}", phase=_PHASE)
-    guest = served(root, vm_id)
-    if str(guest) not in mount_tree.below(guest):
+    if share is None:
         raise FailedPreconditionError(
             "this sandbox has no file share, so its containers can have no config.mounts",
             phase=_PHASE,
@@ -117,9 +130,10 @@ def bind(
             hint="it was started with hypervisor.share = false or by an earlier version",
         )
     _users(root, vm_id, container_id).mkdir(mode=0o700, parents=True)
-    with idmap.UserNamespaces() as namespaces:
+    with idmap.UserNamespaces() as mappings, share_namespace.of(share) as namespace:
+        binder = _Binder(root, vm_id, container_id, namespace, mappings)
         return tuple(
-            _bind_one(root, vm_id, container_id, mount, f"config.mounts[{index}]", namespaces)
+            binder.bind(mount, f"config.mounts[{index}]")
             for index, mount in enumerate(mounts)
             if not mount.image and index not in elsewhere
         )
@@ -134,48 +148,74 @@ def _lock(vm_id: str) -> threading.Lock:
     return _locks.setdefault(vm_id, threading.Lock())
 
 
-def _bind_one(
-    root: Path, vm_id: str, container_id: str, mount: Mount, field: str, namespaces: idmap.UserNamespaces
-) -> BoundMount:
-    what = f"{field}: host path {mount.host_path!r}"
-    if mount.propagation is Propagation.BIDIRECTIONAL:
-        raise UnsupportedError(
-            f"{field}.propagation: a mount made in the guest's kernel cannot appear on the host", phase=_PHASE
-        )
-    try:
-        source = host_paths.open_path(mount.host_path)
-    except OSError as e:
-        raise InvalidArgumentError(f"{what}: {e.strerror}", phase=_PHASE) from e
-    # An emptyDir is its pod's own. Who of the pod may write to it is the guest's affair: held by the host, a
-    # container that reads and one that writes would have a file system each.
-    kept = mount.readonly and not host_paths.is_empty_dir(mount.host_path)
-    try:
-        mode = os.fstat(source).st_mode
-        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-            raise UnsupportedError(f"{what} is {_KINDS.get(stat.S_IFMT(mode), 'a special file')}", phase=_PHASE)
-        name = _identity(source, mount, readonly=kept)
-        place = served(root, vm_id) / name
-        userns_fd = namespaces.get(mount.uids, mount.gids) if mount.uids else -1
-        with _lock(vm_id):
-            (_users(root, vm_id, container_id) / name).touch(mode=0o600)
-            if not mount_tree.below(place):
-                point = directory(root, vm_id) / "files" / name
-                if stat.S_ISDIR(mode):
-                    point.mkdir(mode=0o755, exist_ok=True)
-                else:
-                    point.touch(mode=0o644)
-                _attach(source, place, mount, userns_fd, what, readonly=kept)
-            submounts = len(mount_tree.below(place)) - 1
-    except OSError as e:
-        raise VmrtError(f"{what}: {e.filename or 'bind'}: {e.strerror}", phase=_PHASE) from e
-    finally:
-        os.close(source)
-    if submounts > MAX_SUBMOUNTS:
-        raise InvalidArgumentError(f"{what} has {submounts} mounts below it; {MAX_SUBMOUNTS} are allowed", phase=_PHASE)
-    # The guest mounts a submount when it is first walked to, with its parent's read-only flag. A read-only volume whose
-    # submounts stay writable (not recursive_read_only) is therefore held read-only by the host alone.
-    guest_readonly = mount.recursive_read_only or not submounts or not kept
-    return BoundMount(mount, f"{layout.SHARE}/{name}", guest_readonly=guest_readonly)
+@dataclass(frozen=True, slots=True)
+class _Binder:
+    """Binds the volumes of one container."""
+
+    root: Path
+    vm_id: str
+    container_id: str
+    namespace: ShareNamespace
+    mappings: idmap.UserNamespaces
+
+    def bind(self, mount: Mount, field: str) -> BoundMount:
+        what = f"{field}: host path {mount.host_path!r}"
+        if mount.propagation is Propagation.BIDIRECTIONAL:
+            raise UnsupportedError(
+                f"{field}.propagation: a mount made in the guest's kernel cannot appear on the host", phase=_PHASE
+            )
+        try:
+            source = host_paths.open_path(mount.host_path)
+        except OSError as e:
+            raise InvalidArgumentError(f"{what}: {e.strerror}", phase=_PHASE) from e
+        # An emptyDir is its pod's own. Who of the pod may write to it is the guest's affair: held by the host, a
+        # container that reads and one that writes would have a file system each.
+        kept = mount.readonly and not host_paths.is_empty_dir(mount.host_path)
+        try:
+            mode = os.fstat(source).st_mode
+            if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+                raise UnsupportedError(f"{what} is {_KINDS.get(stat.S_IFMT(mode), 'a special file')}", phase=_PHASE)
+            name = _identity(source, mount, readonly=kept)
+            userns_fd = self.mappings.get(mount.uids, mount.gids) if mount.uids else -1
+            with _lock(self.vm_id):
+                (_users(self.root, self.vm_id, self.container_id) / name).touch(mode=0o600)
+                if not self.namespace.mounts_at(name):
+                    point = served(self.root, self.vm_id) / name
+                    if stat.S_ISDIR(mode):
+                        point.mkdir(mode=0o755, exist_ok=True)
+                    else:
+                        point.touch(mode=0o644)
+                    self._attach(source, name, mount, userns_fd, what, readonly=kept)
+                submounts = self.namespace.mounts_at(name) - 1
+        except OSError as e:
+            raise VmrtError(f"{what}: {e.filename or 'bind'}: {e.strerror}", phase=_PHASE) from e
+        finally:
+            os.close(source)
+        if submounts > MAX_SUBMOUNTS:
+            raise InvalidArgumentError(
+                f"{what} has {submounts} mounts below it; {MAX_SUBMOUNTS} are allowed", phase=_PHASE
+            )
+        # The guest mounts a submount when it is first walked to, with its parent's read-only flag. A read-only volume
+        # whose submounts stay writable (not recursive_read_only) is therefore held read-only by the host alone.
+        guest_readonly = mount.recursive_read_only or not submounts or not kept
+        return BoundMount(mount, f"{layout.SHARE}/{name}", guest_readonly=guest_readonly)
+
+    def _attach(self, source: int, name: str, mount: Mount, userns_fd: int, what: str, *, readonly: bool) -> None:
+        tree = mount_tree.clone(source)
+        try:
+            if userns_fd >= 0:
+                _idmap(tree, userns_fd, what)
+            follows = mount.propagation is Propagation.HOST_TO_CONTAINER
+            mount_tree.change(
+                tree,
+                attributes=mount_tree.NODEV | mount_tree.NOSUID,
+                propagation=mount_tree.SLAVE if follows else mount_tree.PRIVATE,
+            )
+            if readonly:
+                mount_tree.change(tree, attributes=mount_tree.RDONLY, recursive=mount.recursive_read_only)
+            self.namespace.attach(tree, name)
+        finally:
+            os.close(tree)
 
 
 def _identity(source: int, mount: Mount, *, readonly: bool) -> str:
@@ -206,25 +246,6 @@ def _identity(source: int, mount: Mount, *, readonly: bool) -> str:
     return hashlib.sha256(repr(what).encode(errors="surrogateescape")).hexdigest()[:24]
 
 
-def _attach(source: int, place: Path, mount: Mount, userns_fd: int, what: str, *, readonly: bool) -> None:
-    tree = mount_tree.clone(source)
-    try:
-        if userns_fd >= 0:
-            _idmap(tree, userns_fd, what)
-        follows = mount.propagation is Propagation.HOST_TO_CONTAINER
-        mount_tree.change(
-            tree,
-            attributes=mount_tree.NODEV | mount_tree.NOSUID,
-            propagation=mount_tree.SLAVE if follows else mount_tree.PRIVATE,
-        )
-        if readonly:
-            mount_tree.change(tree, attributes=mount_tree.RDONLY, recursive=mount.recursive_read_only)
-        with _opened(place) as target:
-            mount_tree.attach(tree, target)
-    finally:
-        os.close(tree)
-
-
 def _idmap(tree: int, userns_fd: int, what: str) -> None:
     try:
         mount_tree.idmap(tree, userns_fd)
@@ -239,17 +260,11 @@ def _idmap(tree: int, userns_fd: int, what: str) -> None:
         ) from e
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+def unbind(root: Path, vm_id: str, container_id: str, share: ProcessId | None) -> None:
+    """Let go of a container's volumes and unmount those that no other one uses; what is not there is no error.
 
-
-def unbind(root: Path, vm_id: str, container_id: str) -> None:
-    """Let go of a container's volumes and unmount those that no other one uses; what is not there is no error."""
+    `share` is the VM's virtiofsd, None when it is gone and all mounts with it. Raises `VmrtError`.
+    """
     users = _users(root, vm_id, container_id)
     with _lock(vm_id), contextlib.suppress(FileNotFoundError):
         others = {
@@ -260,8 +275,9 @@ def unbind(root: Path, vm_id: str, container_id: str) -> None:
         }
         for volume in list(users.iterdir()):
             if volume.name not in others:
-                _unmount(served(root, vm_id) / volume.name)
-                _remove_point(directory(root, vm_id) / "files" / volume.name)
+                if share is not None:
+                    _unmount(share, volume.name)
+                _remove_point(served(root, vm_id) / volume.name)
             # Last: as long as it is there, an interrupted undo is found again.
             volume.unlink()
         users.rmdir()
@@ -271,14 +287,13 @@ def remove(root: Path, vm_id: str) -> None:
     """Remove a sandbox's share, its virtiofsd being gone; what is not there is no error. Raises `VmrtError`."""
     share = directory(root, vm_id)
     with _lock(vm_id):
-        _unmount(share)
         with contextlib.suppress(FileNotFoundError):
             for point in list((share / "files").iterdir()):
                 _remove_point(point)
         try:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(share / "users")
-            for path in (share / "guest", share / "files", share):
+            for path in (share / "files", share):
                 with contextlib.suppress(FileNotFoundError):
                     path.rmdir()
         except OSError as e:
@@ -286,20 +301,14 @@ def remove(root: Path, vm_id: str) -> None:
     _locks.pop(vm_id, None)
 
 
-def _unmount(path: Path) -> None:
-    """Unmount everything at and below `path`, the newest and deepest first, lazily."""
-    # Again until nothing is left: a mount that followed a host's may come in between.
-    for _ in range(3):
-        places = mount_tree.below(path)
-        if not places:
-            return
-        for place in reversed(places):
-            # EINVAL: it went with one above it, or a mount that it followed has gone.
-            with contextlib.suppress(OSError):
-                mount_tree.detach(place)
-    left = mount_tree.below(path)
-    if left:
-        raise VmrtError(f"{len(left)} mounts could not be unmounted", phase=_PHASE, resource=left[0])
+def _unmount(share: ProcessId, name: str) -> None:
+    try:
+        with share_namespace.of(share) as namespace:
+            namespace.detach(name)
+    except VmGoneError:
+        pass  # and the mounts with it
+    except OSError as e:
+        raise VmrtError(f"a volume could not be unmounted: {e.strerror}", phase=_PHASE, resource=name) from e
 
 
 def _remove_point(point: Path) -> None:
