@@ -201,6 +201,7 @@ class FakeHypervisor:
         return await self.size(vm_id)
 
     async def size(self, vm_id: str) -> VmSize:
+        self._call("size", vm_id)
         vm = self._running(vm_id)
         most = max(vm.spec.vcpus, vm.spec.max_vcpus), max(vm.spec.memory_bytes, vm.spec.max_memory_bytes)
         return VmSize(vm.spec.vcpus, vm.spec.memory_bytes, *most, vm.booted_bytes)

@@ -211,7 +211,7 @@ def test_a_container_gets_what_it_asks_for(pod: Pod, name: str) -> None:
     [
         (
             cri.LinuxContainerResources(hugepage_limits=[cri.HugepageLimit(page_size="2MB", limit=1 << 40)]),
-            "hugepage_limits: the VM has room for",
+            "hugepage_limits: the pod's VM would need 10",
         ),
         (
             cri.LinuxContainerResources(hugepage_limits=[cri.HugepageLimit(page_size="16MB", limit=1 << 24)]),

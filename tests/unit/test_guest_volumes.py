@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from vmrt.config import VolumesConfig
-from vmrt.errors import InvalidArgumentError, UnsupportedError, VmError, VmrtError
+from vmrt.errors import InvalidArgumentError, VmError, VmrtError
 from vmrt.model import Device, Disk, Mount, Propagation
 from vmrt.pods import (
     block_device,
@@ -93,11 +93,15 @@ def test_an_empty_dir_in_memory_is_found_whole_and_in_part(tmpfs: Path, tmp_path
     assert plan_one(Mount("/m", "", image="i")) is None
 
 
-def test_huge_pages_are_refused_by_name(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_pages_are_the_guests(tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = mount_tree.Entry(2, "0:77", "/", str(tmpfs), "hugetlbfs")
     monkeypatch.setattr(mount_tree, "entry_of", lambda fd: entry)
-    with pytest.raises(UnsupportedError, match=r"config.mounts\[0\].*HugePages"):
-        plan_one(Mount("/m", str(tmpfs)))
+    for config in (CONFIG, replace(CONFIG, memory_empty_dir="share")):
+        whole = plan_one(Mount("/m", str(tmpfs)), config)
+        assert isinstance(whole, Memory)
+        request = whole.request()
+        # A hugetlbfs's block is its page; the size is what the containers have had set apart.
+        assert (request.page_size_bytes, request.size_bytes) == (os.statvfs(tmpfs).f_bsize, 0)
 
 
 def test_only_whole_read_only_volumes_are_mirrored(tmp_path: Path) -> None:

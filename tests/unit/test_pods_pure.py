@@ -7,7 +7,16 @@ import pytest
 
 from vmrt.config import HandlerConfig, HypervisorConfig
 from vmrt.errors import FailedPreconditionError, IllegalTransitionError
-from vmrt.model import ContainerSpec, DnsConfig, LinuxResources, Mount, PortMapping, Protocol, SandboxSpec
+from vmrt.model import (
+    ContainerSpec,
+    DnsConfig,
+    HugepageLimit,
+    LinuxResources,
+    Mount,
+    PortMapping,
+    Protocol,
+    SandboxSpec,
+)
 from vmrt.pods import resolv, sizing
 from vmrt.pods.container_stop import signal_number
 from vmrt.pods.records import (
@@ -168,3 +177,40 @@ def test_resolv_conf() -> None:
 )
 def test_signal_numbers(name: str, number: int) -> None:
     assert signal_number(name) == number
+
+
+def limits(memory: int = 0, cpus: float = 0) -> LinuxResources:
+    return LinuxResources(memory_limit_bytes=memory * MIB, cpu_quota_us=int(cpus * 100_000), cpu_period_us=100_000)
+
+
+def huge(**sizes: int) -> LinuxResources:
+    return LinuxResources(hugepage_limits=tuple(HugepageLimit(name, octets) for name, octets in sizes.items()))
+
+
+def test_huge_pages_are_whole_ones() -> None:
+    assert sizing.hugepage_bytes(huge()) == 0
+    assert sizing.hugepage_bytes(huge(**{"2MB": 3 * MIB, "64KB": 1, "1GB": 0})) == 4 * MIB + 64 * 1024
+    assert sizing.hugepage_bytes(huge(**{"0MB": 5})) == 0
+
+
+@pytest.mark.parametrize(
+    ("pod", "containers", "expected"),
+    [
+        (None, [], (1, 512)),
+        # The sum of what living containers are limited to stands in for the pod's.
+        (None, [limits(memory=600), limits(memory=300, cpus=1.5), limits(cpus=1)], (3, 996)),
+        (None, [limits(memory=100)], (1, 512)),
+        # kubelet's sum of the memory is 0 while any container is unlimited.
+        (limits(cpus=1), [limits(memory=600, cpus=9)], (1, 696)),
+        (limits(memory=200, cpus=2), [limits(memory=600, cpus=9)], (2, 296)),
+        # Huge pages are on top of either, with what the kernel keeps about them.
+        (limits(memory=200), [huge(**{"2MB": 96 * MIB})], (1, 394)),
+        (None, [huge(**{"2MB": 48 * MIB}), huge(**{"2MB": 48 * MIB})], (1, 610)),
+    ],
+)
+def test_what_a_pod_needs_with_its_containers(
+    pod: LinuxResources | None, containers: list[LinuxResources], expected: tuple[int, int]
+) -> None:
+    spec = SandboxSpec("p", "u", "n", resources=pod)
+    vcpus, memory = sizing.needed(spec, HypervisorConfig(), HandlerConfig(), containers, containers)
+    assert (vcpus, memory // MIB) == expected

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pods_world import SANDBOX, Fault, World
+from pods_world import CONTAINER, SANDBOX, Fault, World
 from test_pods_service import run
 
 from vmrt.errors import ExhaustedError, FailedPreconditionError, InvalidArgumentError, VmError
-from vmrt.model import LinuxResources
+from vmrt.model import ContainerSpec, HugepageLimit, LinuxResources
 from vmrt.pods import resize
 
 MIB = 1024**2
@@ -68,6 +71,13 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host of 4 CPUs and 8 GiB."""
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2 * 1024**2)
+
+
+async def until(what: Callable[[], bool]) -> None:
+    """Wait for what goes on in the background."""
+    async with asyncio.timeout(10):
+        while not what():
+            await asyncio.sleep(0)
 
 
 def size_of(world: World) -> tuple[int, int, int]:
@@ -143,6 +153,71 @@ def test_memory_in_use_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(FailedPreconditionError, match="it uses 1832 MiB"):
             await world.service.update_sandbox(sandbox, None, sums(1024 * MIB))
         assert size_of(world) == (1, 1, 2144)
+
+    run(tmp_path, monkeypatch, test)
+
+
+def container(name: str, limits: LinuxResources) -> ContainerSpec:
+    return replace(CONTAINER, name=name, resources=limits)
+
+
+@pytest.mark.usefixtures("host")
+def test_a_pod_without_sums_is_enlarged_for_its_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        sandbox = await world.service.run_sandbox(SANDBOX)
+        await world.service.create_container(sandbox, container("a", sums(300 * MIB, 0.5)))
+        assert size_of(world) == (1, 1, 512)
+        await world.service.create_container(sandbox, container("b", sums(400 * MIB, 1)))
+        assert size_of(world) == (2, 2, 796)
+        # A limit is no promise: what the host has is what there is, and a guest that does not plug is no failure.
+        await world.service.create_container(sandbox, container("c", sums(2**40, 100)))
+        assert size_of(world) == (4, 4, 8192)
+        world.hypervisor.failures["size"] = [VmError("not now")]
+        await world.service.create_container(sandbox, container("d", sums(300 * MIB)))
+
+    run(tmp_path, monkeypatch, test)
+
+
+def huge(mib: int) -> LinuxResources:
+    return LinuxResources(hugepage_limits=(HugepageLimit("2MB", mib * MIB),))
+
+
+@pytest.mark.usefixtures("host")
+def test_huge_pages_enlarge_a_vm_and_give_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        sandbox = await world.service.run_sandbox(replace(SANDBOX, resources=sums(416 * MIB, 1)))
+        assert size_of(world) == (1, 1, 512)
+        first = await world.service.create_container(sandbox, container("a", huge(96)))
+        second = await world.service.create_container(sandbox, container("b", huge(192)))
+        assert size_of(world) == (1, 1, 806)
+        # The pod's new sums take nothing of it away.
+        await world.service.update_sandbox(sandbox, None, sums(616 * MIB, 1))
+        assert size_of(world) == (1, 1, 1006)
+        with pytest.raises(ExhaustedError, match=r"hugepage_limits: the pod's VM would need .* MiB.* 8192 MiB"):
+            await world.service.create_container(sandbox, container("c", huge(2**20)))
+        await until(lambda: size_of(world) == (1, 1, 1006))
+        # An ended container keeps them until it is removed.
+        await world.service.stop_container(second, 0)
+        await world.service.remove_container(first)
+        await until(lambda: size_of(world) == (1, 1, 908))
+        await world.service.remove_container(second)
+        await until(lambda: size_of(world) == (1, 1, 712))
+
+    run(tmp_path, monkeypatch, test)
+
+
+@pytest.mark.usefixtures("host")
+def test_what_is_in_use_is_not_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        sandbox = await world.service.run_sandbox(SANDBOX)
+        first = await world.service.create_container(sandbox, container("a", huge(96)))
+        before = size_of(world)
+        world.guest_of(sandbox).used_bytes = 600 * MIB
+        await world.service.remove_container(first)
+        while any(task.get_name().startswith("size ") for task in asyncio.all_tasks()):
+            await asyncio.sleep(0)
+        assert size_of(world) == before
+        assert "agent stats" in world.steps
 
     run(tmp_path, monkeypatch, test)
 

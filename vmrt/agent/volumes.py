@@ -5,9 +5,9 @@ file system for each mount namespace where that happens. So it happens here, bef
 namespace: all containers bind one file system, where they meet in one inode. It goes with the last of them, so that the
 host may unmount what is behind it.
 
-A volume in the guest's memory is a tmpfs that lives as long as the VM: an emptyDir with medium Memory, or the copy of a
-ConfigMap, Secret or projected volume, whose changes raise inotify events because they are made in this kernel. A volume
-on a disk is that disk's file system, until the host asks for the disk back.
+A volume in the guest's memory is a tmpfs that lives as long as the VM: an emptyDir with medium Memory (with HugePages
+it is a hugetlbfs), or the copy of a ConfigMap, Secret or projected volume, whose changes raise inotify events because
+they are made in this kernel. A volume on a disk is that disk's file system, until the host asks for the disk back.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Pods have a few tens.
 MAX_VOLUMES = 1024
+_HUGE_PAGES = "/sys/kernel/mm/hugepages"
 _CURRENT, _NEXT = "..data", "..data_tmp"
 
 
@@ -83,7 +84,7 @@ class Volumes:
                             disk_volumes.make_empty_dir(path, request.root)
                         self._disks.add(request.name)
                     else:
-                        _mount_tmpfs(path, request)
+                        _mount_memory(path, request)
                 except BaseException:
                     with contextlib.suppress(OSError):
                         kernel.umount(path)
@@ -128,10 +129,20 @@ class Volumes:
                 _commit(root, request, before)
 
 
-def _mount_tmpfs(path: str, request: pb.MakeVolumeRequest) -> None:
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    size = f",size={min(request.size_bytes, memory_bytes)}" if request.size_bytes else ""
-    kernel.mount("tmpfs", path, "tmpfs", kernel.MS_NODEV, f"mode=0700{size}")
+def _mount_memory(path: str, request: pb.MakeVolumeRequest) -> None:
+    """Mount a tmpfs, or a hugetlbfs, whose pages are those that the pod's containers have had set apart."""
+    if request.page_size_bytes:
+        if not os.path.isdir(f"{_HUGE_PAGES}/hugepages-{request.page_size_bytes // 1024}kB"):  # noqa: PTH112
+            raise status.AgentError(
+                status.FAILED_PRECONDITION,
+                f"volume {request.name}: the guest has no huge pages of {request.page_size_bytes // 1024} kB",
+            )
+        options = f"mode=0700,pagesize={request.page_size_bytes}"
+        kernel.mount("hugetlbfs", path, "hugetlbfs", kernel.MS_NODEV, options)
+    else:
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        size = f",size={min(request.size_bytes, memory_bytes)}" if request.size_bytes else ""
+        kernel.mount("tmpfs", path, "tmpfs", kernel.MS_NODEV, f"mode=0700{size}")
     root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _own(root, request.root)

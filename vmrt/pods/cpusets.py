@@ -17,13 +17,12 @@ from vmrt import number_list
 from vmrt.errors import InvalidArgumentError, VmGoneError, VmrtError
 from vmrt.model import Confinement, LinuxResources
 from vmrt.pods.cancellation import uncancelled
-from vmrt.pods.records import ContainerState, SandboxState
+from vmrt.pods.records import SandboxState
 from vmrt.pods.table import LiveSandbox, PodTable
 
 log = logging.getLogger(__name__)
 
 _SYSTEM = Path("/sys/devices/system")
-_LIVING = (ContainerState.CREATING, ContainerState.CREATED, ContainerState.RUNNING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +133,9 @@ async def settle_again(table: PodTable, sandbox: LiveSandbox) -> None:
 def _living(
     table: PodTable, sandbox: LiveSandbox, container: tuple[str, LinuxResources] | None
 ) -> list[LinuxResources]:
-    """Return the limits of the containers that count: made or being made, and neither ended nor given up."""
+    """Return the limits of the containers that count."""
     return [
         container[1] if container is not None and container[0] == live.id else live.record.spec.resources
         for live in table.containers_of(sandbox.id)
-        if live.record.state in _LIVING and not live.undo_failed
+        if live.counts
     ]

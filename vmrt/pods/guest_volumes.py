@@ -1,7 +1,8 @@
 """Volumes that live in the guest instead of the share: which they are, and how they are made.
 
 An emptyDir with medium Memory is a tmpfs that kubelet mounts with the volume's size: containers get one of that size in
-their own kernel, so that it is counted as their memory. ConfigMaps and their like: `mirrors`. File systems on block
+their own kernel, so that it is counted as their memory. One with medium HugePages is a hugetlbfs, and so it is in the
+guest, with pages of the same size. ConfigMaps and their like: `mirrors`. File systems on block
 devices: `direct_volumes`.
 """
 
@@ -26,17 +27,23 @@ from vmrt.pods.empty_dir_disks import EmptyDirDisk
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """An emptyDir with medium Memory, or a part of one."""
+    """An emptyDir with medium Memory or HugePages (then with a page size), or a part of one."""
 
     name: str
     size_bytes: int
     root: Owner
     sub_path: str = ""
     sub_path_owner: Owner | None = None
+    page_size_bytes: int = 0
 
     def request(self) -> pb.MakeVolumeRequest:
         """Return the call that makes it."""
-        request = pb.MakeVolumeRequest(name=self.name, size_bytes=self.size_bytes, root=self.root.message())
+        request = pb.MakeVolumeRequest(
+            name=self.name,
+            size_bytes=self.size_bytes,
+            root=self.root.message(),
+            page_size_bytes=self.page_size_bytes,
+        )
         if self.sub_path and self.sub_path_owner is not None:
             request.sub_path = self.sub_path
             request.sub_path_owner.CopyFrom(self.sub_path_owner.message())
@@ -107,13 +114,13 @@ def _empty_dir(fd: int, path: str, field: str, config: VolumesConfig) -> Memory 
     own = mount_tree.entry_of(fd)
     if own is None:
         return None
-    if own.fstype in ("tmpfs", "hugetlbfs") and (memory := _memory(fd, own, field, config)):
+    if own.fstype in ("tmpfs", "hugetlbfs") and (memory := _memory(fd, own, config)):
         return memory
     return empty_dir_disks.find(fd, path, own, field) if config.empty_dir == "disk" else None
 
 
-def _memory(fd: int, own: mount_tree.Entry, field: str, config: VolumesConfig) -> Memory | None:
-    """Return the emptyDir whose tmpfs an open file lies on, with the way from its root.
+def _memory(fd: int, own: mount_tree.Entry, config: VolumesConfig) -> Memory | None:
+    """Return the emptyDir whose tmpfs or hugetlbfs an open file lies on, with the way from its root.
 
     kubelet sends a sub-path as a bind mount or a descriptor: what they have in common with the emptyDir is the device.
     """
@@ -124,10 +131,10 @@ def _memory(fd: int, own: mount_tree.Entry, field: str, config: VolumesConfig) -
     ]
     if not places:
         return None
-    if own.fstype == "hugetlbfs":
-        raise UnsupportedError(f"{field}: an emptyDir with medium HugePages is not there in the guest", phase="volumes")
+    huge = own.fstype == "hugetlbfs"
     info = os.fstat(fd)
-    if config.memory_empty_dir == "share" or not (stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode)):
+    on_share = config.memory_empty_dir == "share" and not huge
+    if on_share or not (stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode)):
         return None
     place = min(places)
     size = os.statvfs(fd)
@@ -137,10 +144,11 @@ def _memory(fd: int, own: mount_tree.Entry, field: str, config: VolumesConfig) -
     root = owner_of(Path(place).stat()) if sub_path else owner_of(info)
     return Memory(
         name=mirrors.name_of(place),
-        size_bytes=size.f_blocks * size.f_frsize,
+        size_bytes=0 if huge else size.f_blocks * size.f_frsize,
         root=root,
         sub_path=sub_path,
         sub_path_owner=owner_of(info) if sub_path else None,
+        page_size_bytes=size.f_bsize if huge else 0,  # a hugetlbfs's block is its page
     )
 
 

@@ -6,6 +6,7 @@ less. What it cannot grow to, or what is in use, is refused by name before anyth
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 
 from vmrt.agent_client import AgentClient
 from vmrt.errors import ExhaustedError, FailedPreconditionError, InvalidArgumentError, VmGoneError, VmrtError
-from vmrt.model import LinuxResources
+from vmrt.model import LinuxResources, SandboxSpec
 from vmrt.pods import cpusets, oci, sizing
 from vmrt.pods.cancellation import uncancelled
 from vmrt.pods.records import ContainerState, SandboxRecord, SandboxState
@@ -100,7 +101,10 @@ async def update_container(table: PodTable, live: LiveContainer, change: LinuxRe
         wanted = merged(old, change)
         try:
             cpusets.require_present(wanted, cpusets.Host.read())
-            await _make_room(table, sandbox, wanted)
+            async with sandbox.size_lock:
+                # More than there can be is compared with what there is, and refused by name, next.
+                with contextlib.suppress(ExhaustedError):
+                    await _enlarge(table, sandbox, *_needed(table, sandbox.record.spec, sandbox.id, (live.id, wanted)))
             check(wanted, old, *vm_size(table, sandbox.record))
             if wanted != old:
                 await _check_usage(sandbox, live, wanted, old)
@@ -148,29 +152,78 @@ async def _apply(
         raise
 
 
-async def _make_room(table: PodTable, sandbox: LiveSandbox, wanted: LinuxResources) -> None:
-    """Enlarge the VM of a pod that told no sums, for what one of its containers is to have."""
-    sums = sandbox.record.spec.resources or LinuxResources()
-    alone = LinuxResources(
-        cpu_period_us=0 if sums.cpu_quota_us > 0 else wanted.cpu_period_us,
-        cpu_quota_us=0 if sums.cpu_quota_us > 0 else wanted.cpu_quota_us,
-        memory_limit_bytes=0 if sums.memory_limit_bytes > 0 else wanted.memory_limit_bytes,
-    )
+async def make_room(table: PodTable, sandbox: LiveSandbox, limits: LinuxResources) -> None:
+    """Enlarge a VM for a container that is being made: for its huge pages and, in a pod without sums, its `limits`.
+
+    Limits as far as the host and the operator let us, and the guest goes along: they are no promise. Huge pages are
+    one: `ExhaustedError` for more than the VM can be enlarged to, and the agent refuses what there is no room for then.
+    """
     async with sandbox.size_lock:
-        record = sandbox.record
-        _, handler = table.handler(record.spec.runtime_handler)
-        has_vcpus, has_bytes = vm_size(table, record)
-        spec = replace(record.spec, resources=alone)
-        vcpus, memory_bytes = sizing.asked(spec, table.config.hypervisor, handler)
-        if alone.memory_limit_bytes <= has_bytes:
-            memory_bytes = has_bytes
-        if vcpus > has_vcpus or memory_bytes > has_bytes:
-            vcpus, memory_bytes = max(vcpus, has_vcpus), max(memory_bytes, has_bytes)
-            try:
-                memory_bytes = await fit(table, sandbox, sandbox.need_agent(), vcpus, memory_bytes)
-            except ExhaustedError:
-                return  # what the VM has is compared, and refused by name, next
-            table.save_sandbox(sandbox, replace(sandbox.record, vcpus=vcpus, memory_bytes=memory_bytes))
+        vcpus, memory_bytes = _needed(table, sandbox.record.spec, sandbox.id)
+        has_vcpus, has_bytes = vm_size(table, sandbox.record)
+        if vcpus <= has_vcpus and memory_bytes <= has_bytes:
+            return
+        try:
+            most = await table.hypervisor.size(sandbox.record.vm_id)
+            if memory_bytes > most.max_memory_bytes and sizing.hugepage_bytes(limits):
+                raise ExhaustedError(
+                    f"linux.hugepage_limits: the pod's VM would need {_mib(memory_bytes)} of memory, it may have"
+                    f" {_mib(most.max_memory_bytes)}"
+                )
+            await _enlarge(table, sandbox, min(vcpus, most.max_vcpus), min(memory_bytes, most.max_memory_bytes))
+        except (VmGoneError, ExhaustedError):
+            raise
+        except VmrtError as e:
+            log.warning("sandbox %s: its VM is smaller than its containers' limits: %s", sandbox.id[:13], e)
+
+
+async def _enlarge(table: PodTable, sandbox: LiveSandbox, vcpus: int, memory_bytes: int) -> None:
+    """Give a VM at least this size and record it; call under the size lock."""
+    has = vm_size(table, sandbox.record)
+    vcpus, memory_bytes = max(vcpus, has[0]), max(memory_bytes, has[1])
+    if (vcpus, memory_bytes) != has:
+        memory_bytes = await fit(table, sandbox, sandbox.need_agent(), vcpus, memory_bytes)
+        table.save_sandbox(sandbox, replace(sandbox.record, vcpus=vcpus, memory_bytes=memory_bytes))
+
+
+def give_back_later(table: PodTable, live: LiveContainer) -> None:
+    """Give back, in the background, what a VM was enlarged by for a container that is gone."""
+    sandbox = table.sandboxes.get(live.record.sandbox_id)
+    if (
+        sandbox is not None
+        and sandbox.record.state is SandboxState.READY
+        and sizing.hugepage_bytes(live.record.spec.resources)
+    ):
+        table.background(_give_back(table, sandbox), f"size {sandbox.id[:13]}")
+
+
+async def _give_back(table: PodTable, sandbox: LiveSandbox) -> None:
+    try:
+        async with sandbox.size_lock:
+            if sandbox.record.state is not SandboxState.READY:
+                return
+            has_vcpus, has_bytes = vm_size(table, sandbox.record)
+            _, memory_bytes = _needed(table, sandbox.record.spec, sandbox.id)
+            if memory_bytes < has_bytes:
+                await _check_vm_usage(sandbox, memory_bytes)
+                memory_bytes = await fit(table, sandbox, sandbox.need_agent(), has_vcpus, memory_bytes)
+                table.save_sandbox(sandbox, replace(sandbox.record, memory_bytes=memory_bytes))
+    except VmGoneError:
+        pass
+    except VmrtError as e:
+        log.info("sandbox %s: its VM stays as large as it is: %s", sandbox.id[:13], e)
+
+
+def _needed(
+    table: PodTable, spec: SandboxSpec, sandbox_id: str, container: tuple[str, LinuxResources] | None = None
+) -> tuple[int, int]:
+    """Return the size that a sandbox's VM needs for `spec` and its containers; `container` is to have these limits."""
+    limits = {live.id: live.record.spec.resources for live in table.containers_of(sandbox_id) if not live.undo_failed}
+    if container is not None:
+        limits[container[0]] = container[1]
+    living = [limits[live.id] for live in table.containers_of(sandbox_id) if live.id in limits and live.counts]
+    _, handler = table.handler(spec.runtime_handler)
+    return sizing.needed(spec, table.config.hypervisor, handler, living, limits.values())
 
 
 async def update_sandbox(
@@ -189,9 +242,8 @@ async def update_sandbox(
         spec = replace(
             record.spec, overhead=overhead or record.spec.overhead, resources=resources or record.spec.resources
         )
-        _, handler = table.handler(record.spec.runtime_handler)
         config = table.config.hypervisor
-        vcpus, memory_bytes = sizing.asked(spec, config, handler)
+        vcpus, memory_bytes = _needed(table, spec, live.id)
         has_vcpus, has_bytes = vm_size(table, record)
         try:
             for name, wanted, most, unit in (

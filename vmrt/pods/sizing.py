@@ -5,12 +5,16 @@ when any container is unlimited, and then the configured default applies. What t
 on top, so that a container can use what it was promised. Of the RuntimeClass's overhead the guest gets what QEMU does
 not use itself: both together have to stay below the limit that kubelet makes of the two sums.
 
+Huge pages are no part of a memory limit (the kernel accounts them apart), nor of the sums: they come on top while a
+container that may have them exists. Where a pod told no sums, what its living containers are limited to stands in.
+
 A limit is no request: a VM is never larger than the host, or than the operator allows.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 
 from vmrt.config import HandlerConfig, HypervisorConfig
 from vmrt.model import LinuxResources, SandboxSpec
@@ -23,6 +27,9 @@ _BLOCK = 128 * 1024**2
 _PERIOD_US = 100_000  # what the kernel takes when none is named
 # What QEMU and a VM's helpers take beside the guest's memory.
 _VMM_BYTES = 64 * _MIB
+# What the guest's kernel keeps of memory that is plugged: 64 octets a page of 4 KiB (struct page), with rounding.
+_HUGE_SHARE = 48
+_UNITS = {"K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}  # of cgroups' names of page sizes: "2MB"
 # What a VM can be enlarged to costs a little even when it is not: for each CPU in the guest, for each page in QEMU.
 _LIKELY_VCPUS = 32
 _LIKELY_MEMORY_BYTES = 32 * 1024**3
@@ -50,10 +57,40 @@ def asked(spec: SandboxSpec, config: HypervisorConfig, handler: HandlerConfig) -
             millis = _millicpus(limits) + _millicpus(overhead)
             vcpus = max(vcpus, -(-millis // 1000))
         if limits.memory_limit_bytes > 0:
-            guest = max(config.overhead_memory_bytes, overhead.memory_limit_bytes - _VMM_BYTES)
-            memory = limits.memory_limit_bytes + guest
+            memory = limits.memory_limit_bytes + _guests_own(config, overhead)
     memory = max(memory, _least(config))
     return vcpus, -(-memory // _ALIGN) * _ALIGN
+
+
+def needed(
+    spec: SandboxSpec,
+    config: HypervisorConfig,
+    handler: HandlerConfig,
+    containers: Sequence[LinuxResources],
+    reserved: Iterable[LinuxResources],
+) -> tuple[int, int]:
+    """Return (vcpus, octets) that a pod comes to with these living containers.
+
+    `reserved` are the limits of all containers whose huge pages are set apart: until they are removed.
+    """
+    vcpus, memory = asked(spec, config, handler)
+    sums, overhead = spec.resources or LinuxResources(), spec.overhead or LinuxResources()
+    if sums.cpu_quota_us <= 0 and (millis := sum(_millicpus(limits) for limits in containers)):
+        vcpus = max(vcpus, -(-(millis + _millicpus(overhead)) // 1000))
+    if sums.memory_limit_bytes <= 0 and (limit := sum(limits.memory_limit_bytes for limits in containers)):
+        memory = max(memory, limit + _guests_own(config, overhead))
+    huge = sum(hugepage_bytes(limits) for limits in reserved)
+    memory += huge + huge // _HUGE_SHARE
+    return vcpus, -(-memory // _ALIGN) * _ALIGN
+
+
+def hugepage_bytes(limits: LinuxResources) -> int:
+    """Return the memory that is set apart for a container's huge pages: whole pages of each size."""
+    total = 0
+    for limit in limits.hugepage_limits:
+        page = int(limit.page_size[:-2]) * _UNITS[limit.page_size[-2]]
+        total += -(-limit.limit_bytes // page) * page if page else 0
+    return total
 
 
 def most(config: HypervisorConfig) -> tuple[int, int]:
@@ -69,6 +106,10 @@ def reach(vcpus: int, memory_bytes: int, config: HypervisorConfig) -> tuple[int,
     likely_vcpus = config.max_vcpus or min(most_vcpus, _LIKELY_VCPUS)
     likely_bytes = config.max_memory_bytes or min(most_bytes, _LIKELY_MEMORY_BYTES)
     return max(vcpus, likely_vcpus), memory_bytes + max(0, likely_bytes - memory_bytes) // _BLOCK * _BLOCK
+
+
+def _guests_own(config: HypervisorConfig, overhead: LinuxResources) -> int:
+    return max(config.overhead_memory_bytes, overhead.memory_limit_bytes - _VMM_BYTES)
 
 
 def _least(config: HypervisorConfig) -> int:

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _HIDDEN_SANDBOXES = (SandboxState.CREATING, SandboxState.REMOVING)
+_LIVING = (ContainerState.CREATING, ContainerState.CREATED, ContainerState.RUNNING)
 _HIDDEN_CONTAINERS = (ContainerState.CREATING, ContainerState.REMOVING)
 
 
@@ -92,6 +93,11 @@ class LiveContainer:
     def id(self) -> str:
         """The container's id."""
         return self.record.id
+
+    @property
+    def counts(self) -> bool:
+        """Whether its limits count for its pod's VM: it is made or being made, and neither ended nor given up."""
+        return self.record.state in _LIVING and not self.undo_failed
 
 
 class PodTable:
