@@ -3,7 +3,7 @@
 Started as a program inside `unshare -mpfu`, so it is PID 1 of a PID namespace as it is in a guest, with its own mounts:
 an empty /run, and /sys/fs/cgroup with the machine's cgroup v2 hierarchy (which may have no controllers). What differs
 from a guest is what the hypervisor would give: sockets are Unix sockets in DIRECTORY, and a layer is a directory
-there instead of a disk, and the exec program is DIRECTORY/vmrt-exec.
+there instead of a disk, and the programs are DIRECTORY/vmrt-exec and vmrt-zygote.so.
 
     agent_host.py DIRECTORY
 """
@@ -40,6 +40,7 @@ def main(directory: Path) -> None:
         kernel.mount(fstype, target, fstype)
     # The hierarchy is the machine's: hosts that run side by side must not meet.
     layout.EXEC_PROGRAM = str(directory / "vmrt-exec")
+    layout.ZYGOTE_LIBRARY = str(directory / "vmrt-zygote.so")
     cgroups.PARENT = f"/{CGROUP_PREFIX}{directory.name}-{directory.stat().st_ino}"
     for path in (layout.RUN, layout.SANDBOX, layout.CONTAINERS, layout.SCRATCH):
         Path(path).mkdir(parents=True, exist_ok=True)

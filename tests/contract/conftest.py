@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
@@ -68,6 +69,13 @@ def exec_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
+@pytest.fixture(scope="module")
+def zygote_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("programs") / "vmrt-zygote.so"
+    library.write_bytes(asyncio.run(initramfs.compile_program(initramfs.ZYGOTE_SOURCE)))
+    return library
+
+
 @dataclass(frozen=True)
 class AgentHost:
     """A running agent: its client, its PID 1 as this machine numbers it, the root that process sees, its cgroup."""
@@ -87,9 +95,22 @@ async def client(agent_host: AgentHost) -> AgentClient:
 
 
 @pytest.fixture
-async def agent_host(root_layer: Path, exec_program: Path, tmp_path: Path) -> AsyncIterator[AgentHost]:
+async def agent_host(
+    root_layer: Path, exec_program: Path, zygote_library: Path, tmp_path: Path
+) -> AsyncIterator[AgentHost]:
+    async with running_agent(tmp_path, root_layer, exec_program, zygote_library) as running:
+        yield running
+
+
+@contextlib.asynccontextmanager
+async def running_agent(
+    tmp_path: Path, root_layer: Path, exec_program: Path, zygote_library: Path | None
+) -> AsyncIterator[AgentHost]:
+    """Run an agent in `tmp_path`; afterwards nothing of its containers may be left. Without the library, no zygote."""
     (tmp_path / "base").symlink_to(root_layer)
     (tmp_path / "vmrt-exec").symlink_to(exec_program)
+    if zygote_library is not None:
+        (tmp_path / "vmrt-zygote.so").symlink_to(zygote_library)
     program = [sys.executable, "-m", "tests.contract.agent_host", str(tmp_path)]
     async with spawn.piped(
         ["unshare", "-mpfu", "--mount-proc", "--propagation", "private", "--kill-child", *program],

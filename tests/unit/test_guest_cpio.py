@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmrt.errors import VmrtError
-from vmrt.guest_image import cpio, initramfs, modules
+from vmrt.guest_image import cpio, elf, initramfs, modules
 
 FIELDS = (
     *("ino", "mode", "uid", "gid", "nlink", "mtime", "filesize", "devmajor", "devminor", "rdevmajor", "rdevminor"),
@@ -108,3 +108,15 @@ def test_init_is_static_the_same_every_time_and_names_what_it_misses(tmp_path: P
     ended = subprocess.run([program], capture_output=True, timeout=10)
     assert ended.returncode == 1
     assert ended.stderr == b"vmrt-init: cannot read /plan: errno 2\n"
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_the_zygote_replaces_one_name_of_the_c_library_and_needs_none(tmp_path: Path) -> None:
+    first, second = (asyncio.run(initramfs.compile_program(initramfs.ZYGOTE_SOURCE)) for _ in range(2))
+    assert first == second
+    assert elf.needs(first) == elf.Needs((), "")
+    library = tmp_path / "zygote.so"
+    library.write_bytes(first)
+    listed = subprocess.run(["nm", "-D", library], check=True, capture_output=True, text=True, timeout=60).stdout
+    # A memcpy of ours would else be crun's.
+    assert [line.split()[-2:] for line in listed.splitlines()] == [["T", "__libc_start_main"], ["U", "dlsym"]]

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 import vmrt.agent
+from vmrt.agent import layout
 from vmrt.errors import VmrtError
 from vmrt.guest_image import bindings, rootfs
 from vmrt.guest_image.builder import agent_files
@@ -88,7 +89,9 @@ def test_the_agent_is_laid_over_and_the_version_can_be_read(tmp_path: Path) -> N
     (tmp_path / "etc").mkdir()
     (tmp_path / "usr/lib").mkdir(parents=True)
     for version in ("old", "abc123"):
-        rootfs.add_agent(tmp_path, {"vmrt/agent/__init__.py": version.encode()}, version.encode(), version)
+        rootfs.add_agent(
+            tmp_path, {"vmrt/agent/__init__.py": version.encode()}, {layout.EXEC_PROGRAM: version.encode()}, version
+        )
     assert (tmp_path / "usr/lib/python3.11/vmrt/agent/__init__.py").read_text() == "abc123"
     assert (tmp_path / "etc/vmrt-guest-version").read_text() == "abc123\n"
     program = tmp_path / "usr/lib/vmrt-exec"

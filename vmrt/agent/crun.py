@@ -12,7 +12,7 @@ import os
 import select
 import struct
 
-from vmrt.agent import sockets, status
+from vmrt.agent import sockets, status, zygote
 from vmrt.agent.process import DEVNULL
 
 TYPE_CHECKING = False
@@ -81,6 +81,7 @@ class Crun:
 
     def __init__(self, reaper: Reaper) -> None:
         self._reaper = reaper
+        self._zygote = zygote.Zygote(reaper)
         self._numbers = 0
         self._version = ""
         self._filters: dict[str, str] = {}  # seccomp profile as JSON -> the filter that crun made of it, base64
@@ -91,11 +92,11 @@ class Crun:
         return self._version
 
     def ask_version(self) -> None:
-        """Run `crun --version`, once. The first run also reads crun into memory, which the first container needs."""
+        """Run `crun --version`, once. The first run also loads crun, which the first container needs."""
         if not self._version:
             reader, writer = os.pipe()
             try:
-                self._reaper.spawn(["crun", "--version"], stdout=writer).wait(10.0)
+                self._zygote.spawn(["crun", "--version"], stdin=DEVNULL, stdout=writer, stderr=DEVNULL).wait(10.0)
                 os.set_blocking(reader, False)
                 self._version = os.read(reader, 4096).decode(errors="replace").partition("\n")[0]
             except OSError:
@@ -120,7 +121,7 @@ class Crun:
         argv = ["crun", "--root", STATE, f"--log={log}", "--log-format=json", "--cgroup-manager=cgroupfs", *args]
         try:
             try:
-                child = self._reaper.spawn(argv, stdin=stdin, stdout=stdout, stderr=stderr)
+                child = self._zygote.spawn(argv, stdin=stdin, stdout=stdout, stderr=stderr)
             except OSError as e:
                 raise status.from_os_error(e, f"{what}: start crun") from e
             ended = child.wait(timeout_s)

@@ -28,6 +28,7 @@ CONTAINERS = "/run/vmrt/containers"  # <id>/rootfs, <id>/config.json, <id>/stora
 SCRATCH = "/run/vmrt/scratch"  # the pod's scratch disk
 SCRATCH_SERIAL = "scratch"  # the serial of that disk: one that is there is mounted before any request
 EXEC_PROGRAM = "/usr/lib/vmrt-exec"  # starts the process of an exec (vmrt/guest_image/exec.c)
+ZYGOTE_LIBRARY = "/usr/lib/vmrt-zygote.so"  # keeps crun loaded (vmrt/guest_image/zygote.c)
 
 # Namespace paths that the host writes into an OCI spec. The first is a bind mount the agent makes when the sandbox is
 # configured with a shared PID namespace; the last is a name that the agent replaces by the target container's.

@@ -73,7 +73,7 @@ class _Inputs:
     filesystem: str
     tool: str
     init: bytes
-    exec: bytes
+    programs: Mapping[str, bytes]
     agent: Mapping[str, bytes]
     protobuf: Path
 
@@ -97,7 +97,7 @@ class _Inputs:
             **self.base(),
             "agent": _digest(self.agent),
             "init": hashlib.sha256(self.init).hexdigest(),
-            "exec": hashlib.sha256(self.exec).hexdigest(),
+            "programs": _digest(self.programs),
             "required": hashlib.sha256(REQUIRED.read_bytes()).hexdigest(),
             "filesystem": self.filesystem,
             "mkfs": self.tool,
@@ -260,7 +260,7 @@ class _Job:
         tree = image.with_name("tree")
         try:
             await asyncio.to_thread(shutil.copytree, base, tree, symlinks=True)
-            await asyncio.to_thread(rootfs.add_agent, tree, self.inputs.agent, self.inputs.exec, version)
+            await asyncio.to_thread(rootfs.add_agent, tree, self.inputs.agent, self.inputs.programs, version)
             if self.inputs.recipe is not None:
                 await asyncio.to_thread(initramfs.add_to_root, tree, self.inputs.init)
             await rootfs.compile_bytecode(tree, rootfs.PYTHON / "vmrt")
@@ -290,10 +290,11 @@ async def _inputs(
     store: PackageCache, progress: Progress, agent: Mapping[str, bytes] | None, kernel_choice: str
 ) -> _Inputs:
     filesystem = rootfs.choose_filesystem()
-    packages, init, exec_ = await asyncio.gather(
+    packages, init, exec_, zygote = await asyncio.gather(
         store.resolve(KERNEL_PACKAGE, rootfs.PACKAGES, progress),
         initramfs.compile_program(initramfs.INIT_SOURCE),
         initramfs.compile_program(initramfs.EXEC_SOURCE),
+        initramfs.compile_program(initramfs.ZYGOTE_SOURCE),
     )
     kernels = [package for package in packages if package.name.startswith("linux-image-")]
     if len(kernels) != 1:
@@ -306,7 +307,7 @@ async def _inputs(
         filesystem,
         _tool_version(filesystem),
         init,
-        exec_,
+        {layout.EXEC_PROGRAM: exec_, layout.ZYGOTE_LIBRARY: zygote},
         agent or agent_files(_AGENT),
         _protobuf_site(),
     )

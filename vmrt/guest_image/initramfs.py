@@ -1,6 +1,7 @@
 """The guest's freestanding programs, and the initramfs: our /init, its plan, and the modules that the plan loads.
 
-See init.c for the plan's language, exec.c for the program that starts an exec's process.
+See init.c for the plan's language, exec.c for the program that starts an exec's process, zygote.c for what keeps crun
+loaded.
 """
 
 from __future__ import annotations
@@ -28,19 +29,23 @@ AGENT_ARGV: tuple[str, ...] = ("/usr/bin/python3", "-I", "-S", "-B", "-X", "utf8
 _ROOM = Path(__file__).parent
 INIT_SOURCE = _ROOM / "init.c"
 EXEC_SOURCE = _ROOM / "exec.c"
+ZYGOTE_SOURCE = _ROOM / "zygote.c"
 _CFLAGS = (
-    *("-Os", "-std=gnu11", "-static", "-nostdlib", "-ffreestanding", "-fno-stack-protector", "-fno-pic", "-no-pie"),
+    *("-Os", "-std=gnu11", "-nostdlib", "-ffreestanding", "-fno-stack-protector"),
     *("-fno-asynchronous-unwind-tables", "-Wall", "-Wextra", "-Werror", "-s"),
     *("-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-z,noseparate-code"),
 )
+_PROGRAM = ("-static", "-fno-pic", "-no-pie")
+_LIBRARY = ("-shared", "-fPIC", "-Wl,-z,relro,-z,now")
 
 
 async def compile_program(source: Path) -> bytes:
-    """Return the static program that a source file of this room is compiled to."""
+    """Return what a source file of this room is compiled to: a static program, or a library to be preloaded."""
+    kind = _LIBRARY if source == ZYGOTE_SOURCE else _PROGRAM
     with tempfile.TemporaryDirectory(prefix="vmrt-compile-") as work:
         program = Path(work) / source.stem
         try:
-            await spawn.run(["gcc", *_CFLAGS, "-o", program, source], phase=PHASE, resource=source.name)
+            await spawn.run(["gcc", *_CFLAGS, *kind, "-o", program, source], phase=PHASE, resource=source.name)
         except ProcessError as e:
             if e.status < 0:
                 e.hint = "install Debian's gcc"

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from vmrt import spawn
-from vmrt.agent import layout
 from vmrt.errors import ProcessError, VmrtError
 from vmrt.guest_image import elf, modules
 
@@ -126,15 +125,16 @@ def assemble_base(tree: Path, packages: Sequence[Path], protobuf: Path) -> None:
         (tree / path).write_text(text)
 
 
-def add_agent(tree: Path, agent: Mapping[str, bytes], exec_program: bytes, version: str) -> None:
-    """Lay the agent's files (path below site -> content), its exec program and the image's version over the tree."""
+def add_agent(tree: Path, agent: Mapping[str, bytes], programs: Mapping[str, bytes], version: str) -> None:
+    """Lay the agent's files (path below site -> content), its programs (by path) and the version over the tree."""
     for path, data in agent.items():
         target = tree / _PYTHON / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
-    program = tree / layout.EXEC_PROGRAM.lstrip("/")
-    program.write_bytes(exec_program)
-    program.chmod(0o755)
+    for path, data in programs.items():
+        program = tree / path.lstrip("/")
+        program.write_bytes(data)
+        program.chmod(0o755)
     release = {"ID": "vmrt-guest", "NAME": "vmrt guest", "PRETTY_NAME": "vmrt guest", "IMAGE_VERSION": version}
     (tree / "usr/lib/os-release").write_text("".join(f"{key}={json.dumps(text)}\n" for key, text in release.items()))
     _link(tree / "etc/os-release", "../usr/lib/os-release")
