@@ -126,6 +126,8 @@ class PoolConfig:
     size: int = 1
     # Memory that the host must have left after a VM has been booted ahead.
     reserve_bytes: int = 1024**3
+    # The host cgroup below which they wait, a path; "" leaves them in the daemon's own.
+    cgroup_parent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +280,12 @@ def check(config: Config) -> Config:
     if h.vm_uid_base and not 1000 <= h.vm_uid_base <= 2**32 - 2 - h.vm_uid_count:
         raise ConfigError(
             f"hypervisor.vm_uid_base: {h.vm_uid_base} and {h.vm_uid_count} ids are not within 1000 to {2**32 - 3}"
+        )
+    parent = config.pool.cgroup_parent
+    if parent and (not parent.startswith("/") or ".." in parent.split("/") or parent.endswith(".slice")):
+        raise ConfigError(
+            f"pool.cgroup_parent must be an absolute path of a cgroup and no slice of systemd's, not {parent!r}",
+            hint="where systemd makes cgroups, one below a unit with Delegate=yes",
         )
     s = config.streaming
     if not 0 <= s.port < 65536:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,3 +197,34 @@ def test_a_waiting_vm_that_is_killed_is_replaced(private_daemon: Callable[..., D
     pod = run_pod(daemon, tmp_path)
     assert vm_of(pod) != victim
     assert "from the pool" in daemon.log()
+
+
+def test_waiting_vms_have_a_cgroup_of_their_own(private_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """What waits is accounted in the pool's cgroup; a claimed VM's processes are its pod's, cpuset included."""
+    name = f"vmrt-e2e-{uuid.uuid4().hex[:8]}"
+    daemon = private_daemon(f'{pool_settings(1)}cgroup_parent = "/{name}/pool"\n')
+    wait_for_pool(daemon, 1)
+    hierarchies = [path.parent.parent for path in Path("/sys/fs/cgroup").glob(f"**/{name}/pool") if path.is_dir()]
+    assert hierarchies, "this host has no cgroup controllers"
+
+    def processes(below: str) -> list[set[str]]:
+        """Return what is in the VMs' cgroups below a parent, by hierarchy."""
+        found = []
+        for hierarchy in hierarchies:
+            leaves = (hierarchy / name / below).glob("vmrt-*/cgroup.procs")
+            found.append({pid for leaf in leaves for pid in leaf.read_text().split()})
+        return found
+
+    (first, *others) = processes("pool")
+    assert len(first) >= 2  # QEMU and helpers
+    assert all(other == first for other in others)
+    linux = cri.LinuxPodSandboxConfig(cgroup_parent=f"/{name}/pod")
+    linux.resources.cpuset_cpus = str(max(os.sched_getaffinity(0)))
+    pod = run_pod(daemon, tmp_path, "claimed", linux=linux)
+    assert all(first <= pids for pids in processes("pod"))
+    assert not any(first & pids for pids in processes("pool"))
+    cpusets = [*Path("/sys/fs/cgroup").glob(f"**/{name}/pod/vmrt-*/cpuset.cpus")]
+    assert {path.read_text().strip() for path in cpusets} <= {linux.resources.cpuset_cpus}
+    daemon.runtime.RemovePodSandbox(cri.RemovePodSandboxRequest(pod_sandbox_id=pod.id))
+    assert daemon.stop() == 0
+    assert not [*Path("/sys/fs/cgroup").glob(f"**/{name}")]

@@ -116,6 +116,11 @@ def test_a_cpuset_of_v2(tmp_path: Path) -> None:
     assert (leaf / "cpuset.cpus").read_text() == "\n"
 
 
+def test_a_vm_of_the_pool_is_where_it_was_put_last(tmp_path: Path) -> None:
+    waited, pod = cgroup_v1(tmp_path / "pool"), cgroup_v1(tmp_path / "claimed")
+    assert confine.own_cpuset([waited, pod], "v") == pod
+
+
 def test_only_the_vms_own_cgroup_is_written(tmp_path: Path) -> None:
     for name in ("vmrt-other", "vmrt-v.scope", "pod"):
         (tmp_path / name).mkdir()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vmrt import number_list
@@ -28,12 +28,13 @@ _LOOKS = 8
 _ONLINE_NODES = Path("/sys/devices/system/node/online")
 
 
-def own_cpuset(directories: Iterable[Path], vm_id: str) -> Path | None:
+def own_cpuset(directories: Sequence[Path], vm_id: str) -> Path | None:
     """Return the cpuset cgroup of this VM's own among those of its record; None where there is none.
 
-    With v2 the controller has to be handed down to it; systemd's scopes are systemd's to write.
+    The last one is where it is: a VM of the pool had another one before. With v2 the controller has to be handed down
+    to it; systemd's scopes are systemd's to write.
     """
-    for directory in directories:
+    for directory in reversed(directories):
         if directory.name != leaf_of(vm_id) or not directory.is_dir():
             continue
         if not (directory / "cpuset.cpus").exists() and (directory / "cgroup.controllers").exists():

@@ -315,6 +315,7 @@ class Pool:
             tap=record.tap,
             mac=record.mac,
             background=True,
+            cgroup_parent=table.config.pool.cgroup_parent,
             max_vcpus=max_vcpus,
             max_memory_bytes=max_memory_bytes,
         )
