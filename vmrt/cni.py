@@ -459,15 +459,19 @@ def from_record(text: bytes) -> Attachment:
         raise NetworkError(f"the record of an attachment is damaged: {e!r}", phase="cni record") from e
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file atomically; it is on disk when this returns. Raises `NetworkError`, leaving the old file."""
+def write_durably(path: Path, content: bytes, *, synced: bool = True) -> None:
+    """Replace a file atomically; it is on disk when this returns. Raises `NetworkError`, leaving the old file.
+
+    When not `synced` it outlives this process, but not a failure of the machine.
+    """
     temporary = path.with_name(f".{path.name}.new")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(fd)
+            if synced:
+                os.fsync(fd)
         temporary.replace(path)
     except OSError as e:
         temporary.unlink(missing_ok=True)

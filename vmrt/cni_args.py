@@ -65,6 +65,8 @@ def capability_args(spec: SandboxSpec, pod_ranges: Sequence[str] = ()) -> Json:
         args["bandwidth"] = bandwidth
     if pod_ranges:
         args["ipRanges"] = [[{"subnet": cidr}] for cidr in pod_ranges]
+    if spec.cgroup_parent:
+        args["cgroupPath"] = spec.cgroup_parent
     if spec.annotations:
         args["io.kubernetes.cri.pod-annotations"] = dict(spec.annotations)
     if spec.dns is not None:

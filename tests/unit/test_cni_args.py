@@ -30,6 +30,7 @@ def test_capabilities_given() -> None:
     args = cni.capability_args(replace(SPEC, port_mappings=ports, dns=DnsConfig(("192.0.2.1",))))
     assert args["portMappings"] == [{"hostPort": 5353, "containerPort": 53, "protocol": "udp", "hostIP": "127.0.0.1"}]
     assert args["dns"] == {"servers": ["192.0.2.1"], "searches": [], "options": []}
+    assert cni.capability_args(replace(SPEC, cgroup_parent="/kubepods/pod1")) == {"cgroupPath": "/kubepods/pod1"}
 
 
 def test_bandwidth_is_taken_from_the_annotations() -> None:
