@@ -30,6 +30,8 @@ SOCKET_PATH_LIMIT = 107
 _VM_SOCKET_SUFFIX = len("/vms/") + 12 + len("/s/vsock_1026")
 _MONITOR_SOCKET_SUFFIX = len("/libvirt/lib/qemu/domain-") + 7 + len("-") + 20 + len("/monitor.sock")
 MAX_NIC_QUEUES = 256  # the kernel's limit for a tap
+# Their taps' names end in a digit, and they have slots 0x10 to 0x18 of the VM's root complex.
+MAX_EXTRA_NICS = 9
 MAX_LOG_LINE_BYTES = 256 * 1024  # of the agent's buffer of 1 MiB per stream
 
 
@@ -69,6 +71,8 @@ class HypervisorConfig:
     cgroup_driver: typing.Literal["auto", "cgroupfs", "systemd"] = "auto"
     # Queue pairs of a VM's network card. More than one helps pods with several CPUs that have much to send.
     nic_queues: int = 1
+    # How many network cards a VM can be given beside its first, for pods whose CNI plugins make several interfaces.
+    extra_nics: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +266,7 @@ def check(config: Config) -> Config:
         ("volumes.empty_dir_bytes", config.volumes.empty_dir_bytes, 64 * 1024**2),
         ("volumes.mirror_limit_bytes", config.volumes.mirror_limit_bytes, 0),
         ("hypervisor.nic_queues", h.nic_queues, 1),
+        ("hypervisor.extra_nics", h.extra_nics, 0),
         ("pool.size", config.pool.size, 0),
         ("hypervisor.boots_at_once", config.hypervisor.boots_at_once, 0),
         ("pool.reserve_bytes", config.pool.reserve_bytes, 0),
@@ -271,6 +276,8 @@ def check(config: Config) -> Config:
             raise ConfigError(f"{name} must be at least {least}, not {value}")
     if h.nic_queues > MAX_NIC_QUEUES:
         raise ConfigError(f"hypervisor.nic_queues must be at most {MAX_NIC_QUEUES}, not {h.nic_queues}")
+    if h.extra_nics > MAX_EXTRA_NICS:
+        raise ConfigError(f"hypervisor.extra_nics must be at most {MAX_EXTRA_NICS}, not {h.extra_nics}")
     if config.max_container_log_line_bytes > MAX_LOG_LINE_BYTES:
         raise ConfigError(
             f"max_container_log_line_bytes must be at most {MAX_LOG_LINE_BYTES}, not "

@@ -416,7 +416,10 @@ class GuestNeighbour:
 
 @dataclass(frozen=True, slots=True)
 class PodNetwork:
-    """What CNI gave a pod: its addresses (primary first) and the guest's side of them."""
+    """What CNI gave a pod: its addresses (primary first) and the guest's side of them.
+
+    The first of `interfaces` is the pod's own, whose addresses `ips` are; each other one needs a NIC with its address.
+    """
 
     netns: Path
     ips: tuple[str, ...]

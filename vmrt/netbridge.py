@@ -30,6 +30,7 @@ from vmrt import cni, cni_args, conntrack, netns
 from vmrt.config import NetworkConfig
 from vmrt.errors import DeadlineError, NetworkError, VmrtError
 from vmrt.fallback_network import BUILT_IN, FallbackNetwork, netfilter_rules
+from vmrt.interfaces import InterfaceState, KernelRoute
 from vmrt.model import GuestInterface, GuestNeighbour, GuestRoute, PodNetwork, SandboxSpec
 
 log = logging.getLogger(__name__)
@@ -112,15 +113,18 @@ class NetBridge:
         """Create a persistent tap that QEMU's user may open; an existing one is no error. `join` brings it up."""
         await netns.in_thread(netns.create_tap, name, self._tap_owner, self._tap_queues)
 
-    async def delete_tap(self, name: str) -> None:
-        """Delete a tap in the host's netns; an absent one is no error."""
-        await netns.in_thread(netns.delete_link, name)
+    async def delete_taps(self, names: Sequence[str]) -> None:
+        """Delete taps in the host's netns; absent ones are no error."""
+        await netns.in_thread(netns.delete_links, names)
 
-    async def join(self, sandbox_id: str, tap: str) -> None:
-        """Move the tap into the pod's netns and join it to the CNI interface; repeating it is no error."""
+    async def join(self, sandbox_id: str, tap: str, interface: str = "") -> None:
+        """Move the tap into the pod's netns and join it to one of its interfaces; "" is the pod's own.
+
+        Repeating it is no error.
+        """
         path = self._netns(sandbox_id)
         try:
-            joint = await netns.in_thread(netns.join, path, IFNAME, tap, self._joint)
+            joint = await netns.in_thread(netns.join, path, interface or IFNAME, tap, self._joint)
         except NetworkError as e:
             raise NetworkError(e.message, phase=e.phase, resource=f"sandbox {sandbox_id}, tap {tap}") from e
         if self._joint is None:
@@ -170,12 +174,15 @@ class NetBridge:
             netns.create(path)
 
         async def keep(newer: cni.Attachment) -> None:
-            await netns.in_thread(cni.write_durably, record, cni.to_record(newer))
+            # Of a chain that a failure of the machine cuts off only addresses stay held, and to free them the plugins
+            # need no result: what was written before the first of them will do.
+            write = functools.partial(cni.write_durably, synced=newer.complete)
+            await netns.in_thread(write, record, cni.to_record(newer))
 
         await netns.in_thread(prepare)
         done = await cni.add(attachment, self._config.cni_timeout_s, keep)
-        state = await netns.in_thread(netns.read_interface, path, IFNAME)
-        return pod_network(path, cni.parse_result(done.result or {}, IFNAME), state, device_mac)
+        states = await netns.in_thread(netns.read_interfaces, path, IFNAME)
+        return pod_network(path, cni.parse_result(done.result or {}, IFNAME), states, device_mac)
 
     async def teardown(self, sandbox_id: str) -> None:
         """Run CNI DEL with what ADD returned and remove the netns. Idempotent; works with nothing but the id.
@@ -351,29 +358,45 @@ class NetBridge:
 # --- decisions --------------------------------------------------------------------------------------------------------
 
 
-def pod_network(path: Path, result: cni.Result, state: netns.InterfaceState, device_mac: str) -> PodNetwork:
-    """Say what the guest is to configure, from the CNI result and from what the netns really has."""
+def pod_network(path: Path, result: cni.Result, states: Sequence[InterfaceState], device_mac: str) -> PodNetwork:
+    """Say what the guest is to configure, from the CNI result and from what the netns really has.
+
+    `states` begin with the pod's own interface. The result names the addresses of that one; of the others it need not
+    know anything (meta plugins return their default network's).
+    """
+    own, *others = states
     # The order is the result's (primary first); what it does not name follows. IPv4 comes before IPv6.
-    known = [cidr for cidr in result.addresses if cidr in state.addresses] or [*result.addresses]
-    known += [cidr for cidr in state.addresses if cidr not in known]
+    known = [cidr for cidr in result.addresses if cidr in own.addresses] or [*result.addresses]
+    known += [cidr for cidr in own.addresses if cidr not in known]
     known.sort(key=lambda cidr: ipaddress.ip_interface(cidr).version)
     if not known:
         raise NetworkError("the plugins gave the pod no address", phase="cni result", resource=str(path))
-    kernel_routes = state.routes or tuple(
-        netns.KernelRoute(route.destination, route.gateway, scope=route.scope, metric=route.metric)
-        for route in result.routes
+    kernel_routes = own.routes or tuple(
+        KernelRoute(route.destination, route.gateway, scope=route.scope, metric=route.metric) for route in result.routes
     )
+    interfaces = [GuestInterface(own.name, device_mac, own.mac, own.mtu, guest_addresses(known, own.routes))]
+    routes = [*guest_routes(kernel_routes, own.name)]
+    for state in others:
+        # Its NIC is plugged when this is known, with the address that it is to have.
+        addresses = guest_addresses(state.addresses, state.routes)
+        interfaces.append(GuestInterface(state.name, state.mac, state.mac, state.mtu, addresses))
+        # Of a route over several interfaces one way is kept: the kernel takes a destination once for each metric.
+        taken = {(route.destination, route.metric) for route in routes}
+        more = [r for r in state.routes if r.connected or (r.destination, r.metric) not in taken]
+        routes += guest_routes(more, state.name)
     return PodNetwork(
         netns=path,
         ips=tuple(cidr.partition("/")[0] for cidr in known),
-        interfaces=(GuestInterface(IFNAME, device_mac, state.mac, state.mtu, guest_addresses(known, state.routes)),),
-        routes=guest_routes(kernel_routes),
-        neighbours=tuple(GuestNeighbour(address, mac, IFNAME) for address, mac in state.neighbours),
+        interfaces=tuple(interfaces),
+        routes=tuple(routes),
+        neighbours=tuple(
+            GuestNeighbour(address, mac, state.name) for state in states for address, mac in state.neighbours
+        ),
         dns=result.dns,
     )
 
 
-def guest_addresses(cidrs: Sequence[str], routes: Sequence[netns.KernelRoute]) -> tuple[str, ...]:
+def guest_addresses(cidrs: Sequence[str], routes: Sequence[KernelRoute]) -> tuple[str, ...]:
     """Return the addresses with the prefix lengths that make the guest's kernel add the netns's connected routes.
 
     The ptp plugin, for one, gives 10.1.0.2/24 and removes the connected route, so that all goes through the gateway:
@@ -388,7 +411,7 @@ def guest_addresses(cidrs: Sequence[str], routes: Sequence[netns.KernelRoute]) -
     return tuple(addresses)
 
 
-def guest_routes(routes: Sequence[netns.KernelRoute]) -> tuple[GuestRoute, ...]:
+def guest_routes(routes: Sequence[KernelRoute], interface: str = IFNAME) -> tuple[GuestRoute, ...]:
     """Return the routes that the guest's kernel does not make by itself, in an order in which it accepts them.
 
     Routes without a gateway come first, as they make the gateways reachable; then the narrower before the wider, so
@@ -400,13 +423,13 @@ def guest_routes(routes: Sequence[netns.KernelRoute]) -> tuple[GuestRoute, ...]:
     for route in routes:
         if route.connected:
             continue
-        plain.append(GuestRoute(route.destination, route.gateway, IFNAME, route.source, route.scope, route.metric))
+        plain.append(GuestRoute(route.destination, route.gateway, interface, route.source, route.scope, route.metric))
         if route.gateway:
             gateway = ipaddress.ip_address(route.gateway)
             link_local = gateway.version == 6 and gateway.is_link_local
             if not link_local and not any(gateway in network for network in reachable):
                 alone = f"{gateway}/{gateway.max_prefixlen}"
-                extra[alone] = GuestRoute(alone, "", IFNAME, scope=253 if gateway.version == 4 else 0)
+                extra[alone] = GuestRoute(alone, "", interface, scope=253 if gateway.version == 4 else 0)
     plain.sort(key=lambda route: (route.gateway != "", -ipaddress.ip_network(route.destination).prefixlen))
     return (*extra.values(), *plain)
 

@@ -21,21 +21,21 @@ import enum
 import errno
 import fcntl
 import functools
-import ipaddress
 import os
 import secrets
 import socket
 import struct
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from vmrt import interfaces
 from vmrt.errors import NetworkError
+from vmrt.interfaces import InterfaceState
 
 T = TypeVar("T")
 
@@ -54,13 +54,8 @@ IFF_VNET_HDR = 0x4000
 
 ETH_P_ALL = 3
 INGRESS = 0xFFFF0000
-RT_TABLE_MAIN = 254
-RTN_UNICAST = 1
-RTPROT_KERNEL = 2
-RTNH_F_ONLINK = 4
-NUD_PERMANENT = 0x80
 IFNAMSIZ = 15
-BRIDGE = "vmrt0"  # inside a pod's namespace, where tc cannot redirect
+BRIDGE = "vmrt{}"  # inside a pod's namespace, where tc cannot redirect; the interface's index
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -71,29 +66,6 @@ class Joint(enum.Enum):
     MATCHALL = "tc matchall"
     U32 = "tc u32"
     BRIDGE = "bridge"
-
-
-@dataclass(frozen=True, slots=True)
-class KernelRoute:
-    """A unicast route of the main table. `connected` means that the kernel made it for an address."""
-
-    destination: str
-    gateway: str = ""
-    source: str = ""
-    scope: int = 0
-    metric: int = 0
-    connected: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class InterfaceState:
-    """What a namespace says of its CNI interface; addresses are CIDRs without IPv6's link-local ones."""
-
-    mac: str
-    mtu: int
-    addresses: tuple[str, ...]
-    routes: tuple[KernelRoute, ...]
-    neighbours: tuple[tuple[str, str], ...]  # (address, MAC), permanent ones
 
 
 # --- from the event loop ----------------------------------------------------------------------------------------------
@@ -152,8 +124,7 @@ def create(path: Path) -> None:
         os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
 
         def hold() -> None:
-            with IPRoute() as ipr:
-                ipr.link("set", index=1, state="up")
+            interfaces.bring_up("lo")
             own = f"/proc/self/task/{threading.get_native_id()}/ns/net"
             _call("mount", own.encode(), os.fsencode(path), None, MS_BIND, None)
 
@@ -237,6 +208,14 @@ def create_tap(name: str, owner: int | None = None, queues: int = 1) -> None:
             os.close(fd)
 
 
+def delete_links(names: Sequence[str]) -> None:
+    """Delete taps in this namespace; absent ones are no error."""
+    present = {name for _, name in socket.if_nameindex()}
+    for name in names:
+        if name in present:
+            delete_link(name)
+
+
 def delete_link(name: str, kind: str = "tun") -> None:
     """Delete a link of this kind in this namespace; an absent one is no error, another kind's is left alone."""
     with _translated("tap" if kind == "tun" else "link", name), IPRoute() as ipr:
@@ -269,65 +248,10 @@ def _kind(ipr: Any, index: int) -> str:
 # --- the CNI interface ------------------------------------------------------------------------------------------------
 
 
-def read_interface(netns: Path, ifname: str) -> InterfaceState:
-    """Read what CNI made of the pod's interface."""
+def read_interfaces(netns: Path, ifname: str) -> tuple[InterfaceState, ...]:
+    """Read what CNI made in the namespace: the pod's interface, and after it the others that a VM can be given."""
     with _translated("netns read", f"{ifname} in {netns}"):
-        return inside(netns, functools.partial(_read_interface, ifname))
-
-
-def _read_interface(ifname: str) -> InterfaceState:
-    with IPRoute() as ipr:
-        index = _find(ipr, ifname)
-        if index is None:
-            raise OSError(errno.ENODEV, f"CNI succeeded, but there is no interface {ifname}")
-        link = ipr.get_links(index)[0]
-        addresses = []
-        for entry in ipr.get_addr(index=index):
-            address = entry.get_attr("IFA_LOCAL") or entry.get_attr("IFA_ADDRESS")
-            if not ipaddress.ip_address(address).is_link_local or entry["family"] == socket.AF_INET:
-                addresses.append(f"{address}/{entry['prefixlen']}")
-        routes = [
-            found
-            for family in (socket.AF_INET, socket.AF_INET6)
-            for message in ipr.get_routes(family=family)
-            if (found := kernel_route(message, index)) is not None
-        ]
-        neighbours = tuple(
-            (entry.get_attr("NDA_DST"), entry.get_attr("NDA_LLADDR"))
-            for family in (socket.AF_INET, socket.AF_INET6)
-            for entry in ipr.get_neighbours(family=family, ifindex=index)
-            if entry["state"] & NUD_PERMANENT and entry.get_attr("NDA_LLADDR")
-        )
-        return InterfaceState(
-            link.get_attr("IFLA_ADDRESS"), link.get_attr("IFLA_MTU"), tuple(addresses), tuple(routes), neighbours
-        )
-
-
-def kernel_route(message: Any, index: int) -> KernelRoute | None:
-    """Read one RTM_NEWROUTE message; None for a route that is not the interface's own unicast one in the main table."""
-    if (message.get_attr("RTA_TABLE") or message["table"]) != RT_TABLE_MAIN or message["type"] != RTN_UNICAST:
-        return None
-    hop = message
-    if message.get_attr("RTA_OIF") is None:
-        # Several next hops: the guest has one interface, so the first over it is taken.
-        hops = [hop for hop in message.get_attr("RTA_MULTIPATH") or () if hop["oif"] == index]
-        if not hops:
-            return None
-        hop = hops[0]
-    elif message.get_attr("RTA_OIF") != index:
-        return None
-    gateway = hop.get_attr("RTA_GATEWAY") or ""
-    if not gateway and hop.get_attr("RTA_VIA"):
-        gateway = hop.get_attr("RTA_VIA")["addr"]
-    anywhere = "0.0.0.0" if message["family"] == socket.AF_INET else "::"
-    return KernelRoute(
-        destination=f"{message.get_attr('RTA_DST') or anywhere}/{message['dst_len']}",
-        gateway=gateway,
-        source=message.get_attr("RTA_PREFSRC") or "",
-        scope=message["scope"],
-        metric=message.get_attr("RTA_PRIORITY") or 0,
-        connected=message["proto"] == RTPROT_KERNEL and not gateway,
-    )
+        return inside(netns, functools.partial(interfaces.read, ifname))
 
 
 def has_addresses(netns: Path, ifname: str, addresses: tuple[str, ...]) -> bool:
@@ -336,16 +260,11 @@ def has_addresses(netns: Path, ifname: str, addresses: tuple[str, ...]) -> bool:
         return False
 
     def work() -> bool:
-        with IPRoute() as ipr:
-            index = _find(ipr, ifname)
-            return index is not None and {cidr.partition("/")[0] for cidr in addresses} <= _addresses(ipr, index)
+        have = interfaces.addresses(ifname)
+        return have is not None and {cidr.partition("/")[0] for cidr in addresses} <= have
 
     with _translated("netns read", f"{ifname} in {netns}"):
         return inside(netns, work)
-
-
-def _addresses(ipr: Any, index: int | None) -> set[str]:
-    return {entry.get_attr("IFA_LOCAL") or entry.get_attr("IFA_ADDRESS") for entry in ipr.get_addr(index=index)}
 
 
 def stand_in(netns: Path, ifname: str, addresses: tuple[str, ...]) -> None:
@@ -358,7 +277,7 @@ def stand_in(netns: Path, ifname: str, addresses: tuple[str, ...]) -> None:
                 # A bridge, because the kernels of pods' hosts have it where they lack the dummy driver.
                 ipr.link("add", ifname=ifname, kind="bridge")
                 index = _find(ipr, ifname)
-            have = _addresses(ipr, index)
+            have = interfaces.addresses(ifname) or set()
             for cidr in addresses:
                 address, _, prefix = cidr.partition("/")
                 if address not in have:
@@ -449,11 +368,12 @@ def _join_by_bridge(ipr: Any, interface: int, tap: int) -> None:
     The guest has the interface's MAC, and a bridge keeps frames for a port's own MAC to itself, so the port gets
     another one; and the addresses are taken off it, or the namespace would answer for them.
     """
-    bridge = _find(ipr, BRIDGE)
+    name = BRIDGE.format(interface)
+    bridge = _find(ipr, name)
     if bridge is None:
-        ipr.link("add", ifname=BRIDGE, kind="bridge", br_stp_state=0, br_forward_delay=0)
-        bridge = _find(ipr, BRIDGE)
-        _sysctl(f"ipv6/conf/{BRIDGE}/disable_ipv6", "1")
+        ipr.link("add", ifname=name, kind="bridge", br_stp_state=0, br_forward_delay=0)
+        bridge = _find(ipr, name)
+        _sysctl(f"ipv6/conf/{name}/disable_ipv6", "1")
         ipr.flush_addr(index=interface)
         ipr.link("set", index=interface, address="02:" + ":".join(f"{octet:02x}" for octet in secrets.token_bytes(5)))
     for index in (interface, tap):

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from vmrt import spawn
+from vmrt.config import HypervisorConfig
 from vmrt.errors import AlreadyExistsError, ExhaustedError, VmError, VmGoneError
 from vmrt.hypervisor import cgroup, devices
 from vmrt.model import Confinement, Disk, VmEvent, VmEventKind, VmSize, VmSpec
@@ -26,6 +27,8 @@ from vmrt.spawn import ProcessId
 _NO_ROOT = "rdinit=/nonexistent root=/dev/nonexistent"
 PANIC = f"{_NO_ROOT} panic=-1"
 MUTE = f"{_NO_ROOT} rootwait"
+
+EXTRA_NICS = HypervisorConfig().extra_nics
 
 Agent = Callable[[str, int, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -46,6 +49,7 @@ class FakeVm:
     console: str = "fake kernel\nvmrt-agent: ready\n"
     booted_bytes: int = field(init=False)
     confinement: Confinement = field(default_factory=Confinement)
+    nics: dict[str, str] = field(default_factory=dict)  # those beyond the first, by tap
 
     def __post_init__(self) -> None:
         self.booted_bytes = self.spec.memory_bytes
@@ -171,6 +175,13 @@ class FakeHypervisor:
         if disk is None or not devices.is_block_device(disk.path):
             raise VmError(f"{serial} is no host block device of this VM", phase="resize disk", resource=f"vm {vm_id}")
         return devices.size_bytes(disk.path)
+
+    async def attach_nic(self, vm_id: str, tap: str, mac: str) -> None:
+        self._call("attach_nic", vm_id, tap, mac)
+        vm = self._running(vm_id)
+        if tap not in vm.nics and len(vm.nics) == EXTRA_NICS:
+            raise ExhaustedError("no place for another network card", phase="attach NIC", resource=f"vm {vm_id}")
+        vm.nics.setdefault(tap, mac)
 
     async def place(self, vm_id: str, cgroup_parent: str) -> None:
         self._call("place", vm_id, cgroup_parent)

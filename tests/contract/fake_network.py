@@ -34,6 +34,7 @@ class FakeNetwork:
         self.gate = asyncio.Event()
         self.gate.set()
         self.ready = True
+        self.extra_interfaces = 0
         self.calls: list[tuple[str, ...]] = []
 
     def _call(self, *call: str) -> None:
@@ -56,10 +57,11 @@ class FakeNetwork:
             raise NetworkError(f"{name!r} is no interface name", phase="tap")
         self.host.taps.setdefault(name, "")
 
-    async def delete_tap(self, name: str) -> None:
-        self._call("delete_tap", name)
-        if self.host.taps.get(name) == "":
-            del self.host.taps[name]
+    async def delete_taps(self, names: Sequence[str]) -> None:
+        self._call("delete_taps", *names)
+        for name in names:
+            if self.host.taps.get(name) == "":
+                del self.host.taps[name]
 
     async def setup(self, sandbox_id: str, spec: SandboxSpec, *, device_mac: str) -> PodNetwork:
         self._call("setup", sandbox_id)
@@ -74,12 +76,15 @@ class FakeNetwork:
             del self.host.pods[sandbox_id]
             raise
         ip = f"10.88.0.{number}"
-        interface = GuestInterface("eth0", device_mac, f"0a:58:0a:58:00:{number:02x}", 1500, (f"{ip}/24",))
+        interfaces = [GuestInterface("eth0", device_mac, f"0a:58:0a:58:00:{number:02x}", 1500, (f"{ip}/24",))]
+        for extra in range(1, self.extra_interfaces + 1):
+            mac = f"0a:58:0a:58:{extra:02x}:{number:02x}"
+            interfaces.append(GuestInterface(f"net{extra}", mac, mac, 1400, (f"10.88.{extra}.{number}/24",)))
         routes = (GuestRoute("0.0.0.0/0", "10.88.0.1", "eth0"),)
-        return PodNetwork(Path("/run/netns", sandbox_id), (ip,), (interface,), routes, ())
+        return PodNetwork(Path("/run/netns", sandbox_id), (ip,), tuple(interfaces), routes, ())
 
-    async def join(self, sandbox_id: str, tap: str) -> None:
-        self._call("join", sandbox_id, tap)
+    async def join(self, sandbox_id: str, tap: str, interface: str = "") -> None:
+        self._call("join", sandbox_id, tap, interface)
         self._check(sandbox_id)
         if sandbox_id not in self.host.pods or self.host.taps.get(tap) not in ("", sandbox_id):
             raise NetworkError("no such netns or tap", phase="tap join", resource=f"sandbox {sandbox_id}, tap {tap}")

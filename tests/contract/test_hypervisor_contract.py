@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import os
+import secrets
 import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -13,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.contract import real_hypervisor as real
-from tests.contract.fake_hypervisor import MUTE, PANIC, FakeHypervisor, FakeVmHost
-from vmrt import spawn
+from tests.contract.fake_hypervisor import EXTRA_NICS, MUTE, PANIC, FakeHypervisor, FakeVmHost
+from vmrt import netns, spawn
 from vmrt.agent.layout import CALL_PORT
 from vmrt.errors import AlreadyExistsError, ExhaustedError, VmError, VmGoneError
 from vmrt.model import Confinement, Disk, GuestImage, VmEvent, VmEventKind, VmSize
@@ -142,6 +145,16 @@ async def test_life_of_a_vm(subject: Subject, hypervisor: Hypervisor) -> None:
     with pytest.raises(VmError):
         await hypervisor.attach_disk("one", Disk("absent", Path("/nonexistent/disk")))
 
+    with contextlib.ExitStack() as made:
+        taps = [f"vx{secrets.token_hex(4)}" for _ in range(EXTRA_NICS + 1)]
+        for tap in taps if os.geteuid() == 0 else ():
+            await asyncio.to_thread(netns.create_tap, tap)
+            made.callback(netns.inside, Path("/proc/self/ns/net"), functools.partial(netns.delete_link, tap))
+        for number, tap in enumerate([*taps[:-1], taps[0]]):
+            await hypervisor.attach_nic("one", tap, f"02:00:00:00:00:{number:02x}")
+        with pytest.raises(ExhaustedError, match="no place for another"):
+            await hypervisor.attach_nic("one", taps[-1], "02:00:00:00:00:ff")
+
     assert "vmrt-agent" in hypervisor.console_tail("one")
     assert hypervisor.console_tail("one", 0) == ""
     await asyncio.gather(hypervisor.destroy("one"), hypervisor.destroy("one"))
@@ -243,6 +256,8 @@ async def test_unknown_vm(subject: Subject, hypervisor: Hypervisor) -> None:
         hypervisor.processes("none")
     with pytest.raises(VmGoneError):
         hypervisor.share_process("none")
+    with pytest.raises(VmGoneError):
+        await hypervisor.attach_nic("none", "vt0", "02:00:00:00:00:01")
     await hypervisor.destroy("none")
 
 

@@ -105,7 +105,7 @@ async def network(subject: Subject) -> Network:
 async def tap(network: Network) -> AsyncIterator[str]:
     name = f"vc{secrets.token_hex(4)}"
     yield name
-    await network.delete_tap(name)
+    await network.delete_taps([name])
 
 
 async def test_setup_gives_each_pod_its_own_address(network: Network) -> None:
@@ -152,7 +152,7 @@ async def test_taps_are_made_and_deleted_repeatedly(network: Network, tap: str) 
     for _ in range(2):
         await network.create_tap(tap)
     for _ in range(2):
-        await network.delete_tap(tap)
+        await network.delete_taps([tap])
 
 
 async def test_join_wants_both_ends_and_may_be_repeated(network: Network, tap: str) -> None:
@@ -165,7 +165,7 @@ async def test_join_wants_both_ends_and_may_be_repeated(network: Network, tap: s
     for _ in range(2):
         await network.join("one", tap)
     # It is the pod's now.
-    await network.delete_tap(tap)
+    await network.delete_taps([tap])
     await network.join("one", tap)
     await network.teardown("one")
     await network.create_tap(tap)
@@ -199,5 +199,5 @@ async def test_names_that_could_escape_are_refused(network: Network, name: str) 
     with pytest.raises(NetworkError):
         await network.teardown(name)
     with contextlib.suppress(NetworkError):
-        await network.delete_tap(name)
+        await network.delete_taps([name])
     assert network.list() == []

@@ -226,6 +226,10 @@ class Hypervisor(FakeHypervisor):
         async with self._world.step("detach"):
             await super().detach_disk(vm_id, serial)
 
+    async def attach_nic(self, vm_id: str, tap: str, mac: str) -> None:
+        async with self._world.step("attach nic"):
+            await super().attach_nic(vm_id, tap, mac)
+
     async def dial(self, vm_id: str, port: int, *, timeout_s: float = 5.0) -> Connection:
         raise AssertionError("the fake agent has no connections")
 
@@ -236,20 +240,20 @@ class Network(FakeNetwork):
         self._world = world
 
     async def create_tap(self, name: str) -> None:
-        async with self._world.step("tap"):
+        async with self._world.step("tap" if len(name) == len(pod_vm.tap_of("0" * 12)) else "extra tap"):
             await super().create_tap(name)
 
-    async def delete_tap(self, name: str) -> None:
+    async def delete_taps(self, names: Sequence[str]) -> None:
         async with self._world.step("delete tap"):
-            await super().delete_tap(name)
+            await super().delete_taps(names)
 
     async def setup(self, sandbox_id: str, spec: SandboxSpec, *, device_mac: str) -> PodNetwork:
         async with self._world.step("setup"):
             return await super().setup(sandbox_id, spec, device_mac=device_mac)
 
-    async def join(self, sandbox_id: str, tap: str) -> None:
-        async with self._world.step("join"):
-            await super().join(sandbox_id, tap)
+    async def join(self, sandbox_id: str, tap: str, interface: str = "") -> None:
+        async with self._world.step("extra join" if interface else "join"):
+            await super().join(sandbox_id, tap, interface)
 
     async def teardown(self, sandbox_id: str) -> None:
         async with self._world.step("teardown"):

@@ -68,6 +68,28 @@ def test_accelerators() -> None:
     assert (kvm.get("type"), attributes(kvm, "cpu")["mode"]) == ("kvm", "host-passthrough")
 
 
+def test_ports_for_nics_to_come() -> None:
+    root = parsed(spec(tap="vt0", mac="02:00:00:00:00:01"), wiring(extra_nics=2))
+    ports = root.findall("devices/controller[@model='pcie-root-port']")
+    assert [(port.get("index"), attributes(port, "address")["slot"]) for port in ports] == [
+        ("1", "0x10"),
+        ("2", "0x11"),
+    ]
+    assert parsed(spec(), wiring()).find("devices/controller[@model='pcie-root-port']") is None
+    text = ET.tostring(root, encoding="unicode")
+    nics, free = domain.nics_in(text)
+    assert (nics, free) == ({"vt0": 0}, [1, 2])
+    nic = ET.fromstring(domain.nic_xml("vt01", "0a:00:00:00:00:01", 4, 1))
+    assert attributes(nic, "mac") == {"address": "0a:00:00:00:00:01"}
+    assert attributes(nic, "target") == {"dev": "vt01", "managed": "no"}
+    assert attributes(nic, "driver") == {"queues": "4"}
+    assert attributes(nic, "address")["bus"] == "0x01"
+    devices = root.find("devices")
+    assert devices is not None
+    devices.append(nic)
+    assert domain.nics_in(ET.tostring(root, encoding="unicode")) == ({"vt0": 0, "vt01": 1}, [2])
+
+
 def test_every_end_ends_the_domain() -> None:
     root = parsed(spec(), wiring())
     assert [root.findtext(event) for event in ("on_poweroff", "on_reboot", "on_crash")] == ["destroy"] * 3

@@ -62,10 +62,11 @@ RULES = {
     "vmrt.cni": rule(leaves=True),
     "vmrt.cni_args": rule(leaves=True),
     "vmrt.conntrack": rule(leaves=True, outside=("pyroute2",)),
-    "vmrt.netns": rule(leaves=True, outside=("pyroute2",)),
+    "vmrt.interfaces": rule(),
+    "vmrt.netns": rule("vmrt.interfaces", leaves=True, outside=("pyroute2",)),
     "vmrt.fallback_network": rule("vmrt.cni", "vmrt.netns", leaves=True),
     "vmrt.netbridge": rule(
-        *("vmrt.cni", "vmrt.cni_args", "vmrt.conntrack", "vmrt.netns", "vmrt.fallback_network"),
+        *("vmrt.cni", "vmrt.cni_args", "vmrt.conntrack", "vmrt.netns", "vmrt.fallback_network", "vmrt.interfaces"),
         leaves=True,
         outside=("pyroute2",),
     ),

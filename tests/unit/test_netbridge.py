@@ -24,9 +24,10 @@ from vmrt.fallback_network import (
     nat_limits,
     network_name,
 )
-from vmrt.model import GuestRoute
+from vmrt.interfaces import InterfaceState, KernelRoute
+from vmrt.model import GuestNeighbour, GuestRoute
 from vmrt.netbridge import NetBridge, guest_addresses, guest_routes, masqueraded, pod_network
-from vmrt.netns import InterfaceState, Joint, KernelRoute, in_thread, redirect_plan, to_the_end
+from vmrt.netns import Joint, in_thread, redirect_plan, to_the_end
 
 CONNECTED = KernelRoute("10.0.0.0/24", source="10.0.0.2", scope=253, connected=True)
 DEFAULT = KernelRoute("0.0.0.0/0", "10.0.0.1")
@@ -90,13 +91,14 @@ def test_every_gateway_is_reachable_when_its_route_is_added(
 def test_pod_network_joins_result_and_kernel() -> None:
     result = cni.Result(("10.0.0.3/24", "10.0.0.2/24", "fd00::2/64"), (), None)
     state = InterfaceState(
+        "eth0",
         "0a:00:00:00:00:01",
         1450,
         ("10.0.0.2/24", "10.0.0.3/24", "fd00::9/64", "fd00::2/64"),
         (CONNECTED, DEFAULT, KernelRoute("fd00::/64", connected=True, metric=256)),
         (("10.0.0.1", "0a:00:00:00:00:02"),),
     )
-    pod = pod_network(Path("/n"), result, state, "02:00:00:00:00:09")
+    pod = pod_network(Path("/n"), result, [state], "02:00:00:00:00:09")
     assert pod.ips == ("10.0.0.3", "10.0.0.2", "fd00::2", "fd00::9")
     (interface,) = pod.interfaces
     assert (interface.device_mac, interface.mac, interface.mtu) == ("02:00:00:00:00:09", "0a:00:00:00:00:01", 1450)
@@ -105,17 +107,50 @@ def test_pod_network_joins_result_and_kernel() -> None:
     assert pod.neighbours[0].mac == "0a:00:00:00:00:02"
 
 
+def test_a_pod_with_several_interfaces() -> None:
+    own = InterfaceState("eth0", "0a:00:00:00:00:01", 1500, ("10.0.0.2/24",), (CONNECTED, DEFAULT), ())
+    other = InterfaceState(
+        "net1",
+        "0a:00:00:00:00:11",
+        9000,
+        ("10.1.0.2/24", "fd01::2/64"),
+        (
+            KernelRoute("10.1.0.0/24", connected=True),
+            KernelRoute("fd01::/64", connected=True, metric=256),
+            KernelRoute("192.168.0.0/16", "10.1.0.1"),
+            DEFAULT,  # one of two ways of the same route: the guest's kernel takes a destination once
+            KernelRoute("0.0.0.0/0", "10.1.0.1", metric=100),
+        ),
+        (("10.1.0.9", "0a:00:00:00:00:19"),),
+    )
+    bare = InterfaceState("net2", "0a:00:00:00:00:21", 1500, (), (), ())
+    pod = pod_network(Path("/n"), cni.Result(("10.0.0.2/24",), (), None), [own, other, bare], "02:00:00:00:00:09")
+    assert pod.ips == ("10.0.0.2",)
+    # The later ones are found by their own addresses: they are plugged when those are known.
+    assert [(i.name, i.device_mac, i.mac, i.mtu, i.addresses) for i in pod.interfaces] == [
+        ("eth0", "02:00:00:00:00:09", "0a:00:00:00:00:01", 1500, ("10.0.0.2/24",)),
+        ("net1", "0a:00:00:00:00:11", "0a:00:00:00:00:11", 9000, ("10.1.0.2/24", "fd01::2/64")),
+        ("net2", "0a:00:00:00:00:21", "0a:00:00:00:00:21", 1500, ()),
+    ]
+    assert pod.routes == (
+        GuestRoute("0.0.0.0/0", "10.0.0.1", "eth0"),
+        GuestRoute("192.168.0.0/16", "10.1.0.1", "net1"),
+        GuestRoute("0.0.0.0/0", "10.1.0.1", "net1", metric=100),
+    )
+    assert pod.neighbours == (GuestNeighbour("10.1.0.9", "0a:00:00:00:00:19", "net1"),)
+
+
 def test_result_stands_in_where_the_kernel_has_no_routes() -> None:
     result = cni.Result(("10.0.0.2/24",), (cni.ResultRoute("0.0.0.0/0", "10.0.0.1", 7),), None)
-    state = InterfaceState("0a:00:00:00:00:01", 1500, (), (), ())
-    pod = pod_network(Path("/n"), result, state, "")
+    state = InterfaceState("eth0", "0a:00:00:00:00:01", 1500, (), (), ())
+    pod = pod_network(Path("/n"), result, [state], "")
     assert pod.interfaces[0].addresses == ("10.0.0.2/24",)
     assert GuestRoute("0.0.0.0/0", "10.0.0.1", "eth0", metric=7) in pod.routes
 
 
 def test_pod_without_an_address_is_refused() -> None:
     with pytest.raises(NetworkError, match="no address"):
-        pod_network(Path("/n"), cni.Result((), (), None), InterfaceState("", 1500, (), (), ()), "")
+        pod_network(Path("/n"), cni.Result((), (), None), [InterfaceState("eth0", "", 1500, (), (), ())], "")
 
 
 def test_only_masquerading_chains_need_their_addresses_back() -> None:

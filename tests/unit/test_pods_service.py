@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pods_world import CONTAINER, SANDBOX, Fault, World, faults, use
 
+from tests.contract import fake_hypervisor
 from vmrt.agent import agent_pb2 as pb
 from vmrt.errors import (
     AlreadyExistsError,
@@ -24,6 +25,7 @@ from vmrt.pods import recovery
 from vmrt.pods.records import ContainerState, SandboxState
 
 RUN_STEPS = ("scratch", "tap", "boot", "setup", "join", "configure")
+NIC_STEPS = ("extra tap", "attach nic", "extra join", "configure")
 CREATE_STEPS = ("attach", "agent create")
 STOP_STEPS = ("destroy", "delete tap", "teardown", "save sandbox not-ready")
 
@@ -80,6 +82,40 @@ def test_a_spoiled_start_leaves_nothing(fault: Fault, tmp_path: Path, monkeypatc
         assert world.left() == {}
         sandbox = await world.service.run_sandbox(SANDBOX)
         assert world.service.sandbox(sandbox).state is SandboxState.READY
+
+    run(tmp_path, monkeypatch, test)
+
+
+@pytest.mark.parametrize("fault", faults(NIC_STEPS), ids=str)
+def test_a_spoiled_start_with_several_interfaces_leaves_nothing(
+    fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(world: World) -> None:
+        world.network.extra_interfaces = 2
+        await spoiled(world, fault, world.service.run_sandbox(SANDBOX))
+        assert world.left() == {}
+        sandbox = world.service.sandbox(await world.service.run_sandbox(SANDBOX))
+        taps = [sandbox.tap, f"{sandbox.tap}1", f"{sandbox.tap}2"]
+        assert world.net_host.taps == dict.fromkeys(taps, sandbox.id)
+        number = world.net_host.pods[sandbox.id]
+        nics = {taps[1]: f"0a:58:0a:58:01:{number:02x}", taps[2]: f"0a:58:0a:58:02:{number:02x}"}
+        assert world.vm_host.vms[sandbox.vm_id].nics == nics
+        joins = [call[2:] for call in world.network.calls if call[0] == "join" and call[1] == sandbox.id]
+        assert joins == [(taps[0], ""), (taps[1], "net1"), (taps[2], "net2")]
+        await world.service.stop_sandbox(sandbox.id)
+        assert world.net_host.taps == {}
+
+    run(tmp_path, monkeypatch, test)
+
+
+def test_more_interfaces_than_a_vm_has_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        for extra, words in ((4, "no place for another network card"), (10, "has 11 interfaces; a VM has at most 10")):
+            world.network.extra_interfaces = extra
+            monkeypatch.setattr(fake_hypervisor, "EXTRA_NICS", 3 if extra == 4 else 20)
+            with pytest.raises(VmrtError, match=words):
+                await world.service.run_sandbox(SANDBOX)
+            assert world.left() == {}
 
     run(tmp_path, monkeypatch, test)
 

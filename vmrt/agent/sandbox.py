@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vmrt.agent.process import Child, Reaper
 
 # linux/random.h
+# An emulated guest on a busy host takes its time.
+_NIC_PATIENCE_S = 30.0
 _RNDADDENTROPY = 0x40085203
 _RNDRESEEDCRNG = 0x5207
 _SYSCTL_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:@")
@@ -106,7 +108,7 @@ class Sandbox:
             if request.entropy:
                 _credit_entropy(request.entropy)
         self.prepare()
-        found = rtnetlink.links() if request.interfaces else {}
+        found = _links(_macs(request), deadline) if request.interfaces else {}
         if request.HasField("user_namespace"):
             with _phase("user namespace"):
                 self._make_namespaces(request.user_namespace)
@@ -243,6 +245,16 @@ def move_links(links: list[tuple[str, int]]) -> None:
 
 def _macs(request: pb.ConfigureSandboxRequest) -> list[str]:
     return [interface.device_mac.lower() for interface in request.interfaces]
+
+
+def _links(wanted: list[str], deadline: float) -> dict[str, tuple[str, int]]:
+    """Return the VM's network cards; wait for those that were plugged a moment ago, whose driver is at work still."""
+    deadline = min(deadline, time.monotonic() + _NIC_PATIENCE_S)
+    while True:
+        found = rtnetlink.links()
+        if found.keys() >= set(wanted) or time.monotonic() > deadline:
+            return found  # what is missing is told where it is configured
+        time.sleep(0.01)
 
 
 def _configure_network(request: pb.ConfigureSandboxRequest, found: dict[str, tuple[str, int]]) -> None:

@@ -4,8 +4,8 @@ Source: libvirt's "Domain XML format" (formatdomain), QEMU's documentation of th
 
 The machine has what a pod needs and nothing else: no video, USB, RTC extras or option ROMs. Devices sit on the root
 complex itself (bus 0) at fixed slots: every PCIe root port that libvirt would otherwise add costs the guest kernel a
-bus to enumerate, and no PCI device is hot-plugged. Disks are SCSI LUNs, memory is what a virtio-mem device that is
-there from the start gives and takes, CPUs come by ACPI.
+bus to enumerate. The only PCI devices that are hot-plugged are NICs beyond the first, for which there are empty ports.
+Disks are SCSI LUNs, memory is what a virtio-mem device that is there from the start gives and takes, CPUs come by ACPI.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ QBOOT = Path("/usr/share/qemu/qboot.rom")
 
 # Slots on pcie.0. 0x00 is the host bridge, 0x01 what libvirt keeps for a display, 0x1f the ICH9.
 _SLOT_ROOT, _SLOT_SCSI, _SLOT_RNG, _SLOT_NIC, _SLOT_VSOCK, _SLOT_SHARE, _SLOT_MEMORY, _SLOT_BALLOON = range(0x02, 0x0A)
+_SLOT_PORTS = 0x10
 
 # QEMU gives memory in pieces of a huge page; Linux takes it in pieces of two (mm: MAX_ORDER_NR_PAGES).
 _PLUG_BLOCK_BYTES = 2 * 1024**2
@@ -56,6 +57,7 @@ class Wiring:
     share_socket: Path | None = None
     owner: tuple[int, int] | None = None
     nic_queues: int = 1
+    extra_nics: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,12 @@ def _devices(domain: ET.Element, spec: VmSpec, wiring: Wiring) -> None:
         devices.append(_scsi_disk(disk, unit))
     ET.SubElement(devices, "controller", type="usb", model="none")
     if spec.tap:
-        devices.append(_nic(spec, wiring.nic_queues))
+        nic = _nic(spec.tap, spec.mac, wiring.nic_queues)
+        _pci(nic, _SLOT_NIC)
+        devices.append(nic)
+    for number in range(wiring.extra_nics):
+        port = ET.SubElement(devices, "controller", type="pci", index=str(number + 1), model="pcie-root-port")
+        _pci(port, _SLOT_PORTS + number)
     serial = ET.SubElement(devices, "serial", type="unix")
     source = ET.SubElement(serial, "source", mode="connect", path=str(wiring.console_socket))
     # A restarted daemon listens again at the same path, and QEMU comes back to it.
@@ -345,20 +352,39 @@ def _scsi_disk(disk: Disk, unit: int, node: Path | None = None) -> ET.Element:
     return element
 
 
-def _nic(spec: VmSpec, queues: int) -> ET.Element:
+def nic_xml(tap: str, mac: str, queues: int, bus: int) -> str:
+    """Return a NIC to hot-plug on a tap, at the root port that makes PCI bus `bus`."""
+    nic = _nic(tap, mac, queues)
+    _pci(nic, 0, bus)
+    return ET.tostring(nic, encoding="unicode")
+
+
+def nics_in(xml: str) -> tuple[dict[str, int], list[int]]:
+    """Return the NICs of a live domain, by tap, with the PCI bus of each, and the buses of the ports that are free."""
+    root = ET.fromstring(xml)
+    nics = {}
+    for element in root.iterfind("./devices/interface"):
+        target, address = element.find("target"), element.find("./address[@type='pci']")
+        if target is not None and address is not None:
+            nics[target.get("dev", "")] = int(address.get("bus", "0"), 16)
+    ports = root.iterfind("./devices/controller[@type='pci'][@model='pcie-root-port']")
+    free = {int(port.get("index", "0")) for port in ports} - set(nics.values())
+    return nics, sorted(free)
+
+
+def _nic(tap: str, mac: str, queues: int) -> ET.Element:
     """Return a NIC on an existing tap: libvirt opens it, and leaves it alone when it has moved to another netns.
 
     A tap that was made for several queues has to be opened for several, and only then.
     """
     nic = ET.Element("interface", type="ethernet")
-    ET.SubElement(nic, "mac", address=spec.mac)
-    ET.SubElement(nic, "target", dev=spec.tap, managed="no")
+    ET.SubElement(nic, "mac", address=mac)
+    ET.SubElement(nic, "target", dev=tap, managed="no")
     ET.SubElement(nic, "model", type="virtio")
     # No <mtu>: it would be the most that the guest may set, and a VM of the pool does not know its network's yet.
     if queues > 1:
         ET.SubElement(nic, "driver", queues=str(queues))
     ET.SubElement(nic, "rom", enabled="no")
-    _pci(nic, _SLOT_NIC)
     return nic
 
 
@@ -381,8 +407,9 @@ def _command_line(domain: ET.Element, wiring: Wiring) -> None:
         ET.SubElement(command, f"{{{QEMU_URI}}}arg", value=argument)
 
 
-def _pci(parent: ET.Element, slot: int) -> None:
-    ET.SubElement(parent, "address", type="pci", domain="0x0000", bus="0x00", slot=f"{slot:#04x}", function="0x0")
+def _pci(parent: ET.Element, slot: int, bus: int = 0) -> None:
+    place = {"type": "pci", "domain": "0x0000", "bus": f"{bus:#04x}", "slot": f"{slot:#04x}", "function": "0x0"}
+    ET.SubElement(parent, "address", place)
 
 
 def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> None:

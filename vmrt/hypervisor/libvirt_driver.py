@@ -24,6 +24,7 @@ from vmrt.hypervisor import (
     disks,
     domain,
     emulator,
+    nics,
     placement,
     priority,
     size,
@@ -194,6 +195,7 @@ class LibvirtHypervisor:
             share_socket=share_socket,
             owner=vm.record.owner,
             nic_queues=self._config.nic_queues,
+            extra_nics=self._config.extra_nics,
         )
         xml, placed = domain.domain_xml(spec, wiring), bool(spec.cgroup_parent)
         live = await self._host.create(xml, resource=f"vm {vm.vm_id}", paused=placed)
@@ -298,6 +300,11 @@ class LibvirtHypervisor:
         """Tell the guest the size that a host block device has now; return it in octets."""
         async with self._while_it_runs(vm_id, "resize disk") as vm:
             return await disks.resized(self._host, vm, serial)
+
+    async def attach_nic(self, vm_id: str, tap: str, mac: str) -> None:
+        """Hot-plug a NIC on an existing tap; one on a tap of that name is no error. `ExhaustedError` without a port."""
+        async with self._while_it_runs(vm_id, "attach NIC") as vm:
+            await nics.attach(self._host, vm, tap, mac, self._config.nic_queues)
 
     async def place(self, vm_id: str, cgroup_parent: str) -> None:
         """Put a VM's processes below a host cgroup."""

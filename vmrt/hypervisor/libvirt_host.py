@@ -220,13 +220,13 @@ class LibvirtHost:
             lambda: str(self._connection.lookupByName(name).XMLDesc(0)), phase="inspect", resource=name
         )
 
-    async def attach(self, name: str, device_xml: str) -> None:
+    async def attach(self, name: str, device_xml: str, phase: str = "attach disk") -> None:
         """Hot-plug a device."""
 
         def attach() -> None:
             self._connection.lookupByName(name).attachDeviceFlags(device_xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
-        await self.call(attach, phase="attach disk", resource=name)
+        await self.call(attach, phase=phase, resource=name)
 
     async def detach(self, name: str, device_xml: str) -> None:
         """Ask for a hot-unplug; whether the guest let go shows in the live XML."""

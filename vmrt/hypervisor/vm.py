@@ -76,6 +76,7 @@ class Vm:
         self.size_lock = asyncio.Lock()
         self.confinement = Confinement()
         self.confine_lock = asyncio.Lock()
+        self.nics_lock = asyncio.Lock()
         self.teardown: asyncio.Task[None] | None = None
         self.watches: list[ProcessWatch] = []
 

@@ -71,6 +71,10 @@ class Hypervisor(Protocol):
         """Tell the guest the size that an attached host block device has now; return it in octets."""
         ...
 
+    async def attach_nic(self, vm_id: str, tap: str, mac: str) -> None:
+        """Hot-plug a NIC on an existing tap; one on a tap of that name is no error. `ExhaustedError` without a port."""
+        ...
+
     async def place(self, vm_id: str, cgroup_parent: str) -> None:
         """Put a VM's processes below a host cgroup (CRI cgroup_parent), which is made where it is missing.
 
@@ -132,8 +136,8 @@ class Network(Protocol):
         """Create a persistent tap that QEMU's user may open; an existing one is no error."""
         ...
 
-    async def delete_tap(self, name: str) -> None:
-        """Delete a tap in the host's netns; an absent one is no error."""
+    async def delete_taps(self, names: Sequence[str]) -> None:
+        """Delete taps in the host's netns; absent ones are no error."""
         ...
 
     async def setup(self, sandbox_id: str, spec: SandboxSpec, *, device_mac: str) -> PodNetwork:
@@ -143,8 +147,8 @@ class Network(Protocol):
         """
         ...
 
-    async def join(self, sandbox_id: str, tap: str) -> None:
-        """Move the tap into the pod's netns and join it to the CNI interface."""
+    async def join(self, sandbox_id: str, tap: str, interface: str = "") -> None:
+        """Move the tap into the pod's netns and join it to one of its interfaces; "" is the pod's own."""
         ...
 
     async def teardown(self, sandbox_id: str) -> None:

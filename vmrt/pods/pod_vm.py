@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vmrt.agent_client import AgentClient
-from vmrt.config import Config
+from vmrt.config import MAX_EXTRA_NICS, Config
 from vmrt.errors import VmGoneError
 from vmrt.model import Disk, VmSpec
 from vmrt.pods import scratch, volumes
@@ -27,6 +27,11 @@ Timer = Callable[[str], contextlib.AbstractContextManager[None]]
 def tap_of(vm_id: str) -> str:
     """Return the name of a VM's tap: it fits IFNAMSIZ and follows from the id."""
     return f"vt{vm_id}"
+
+
+def extra_tap(vm_id: str, number: int) -> str:
+    """Return the name of the tap of a VM's NIC `number`, from 1 on, beyond its first one."""
+    return f"{tap_of(vm_id)}{number}"
 
 
 def device_mac() -> str:
@@ -64,7 +69,7 @@ async def unmake(root: Path, hypervisor: Hypervisor, network: Network, vm_id: st
     await asyncio.to_thread(scratch.remove, root, vm_id)
     await asyncio.to_thread(volumes.remove, root, vm_id)
     if tap:
-        await network.delete_tap(tap)
+        await network.delete_taps([tap, *(extra_tap(vm_id, number) for number in range(1, MAX_EXTRA_NICS + 1))])
 
 
 def agent_of(hypervisor: Hypervisor, vm_id: str) -> AgentClient:

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent_client import AgentClient
-from vmrt.errors import DeadlineError, UnavailableError, VmError, VmGoneError, VmrtError
+from vmrt.config import MAX_EXTRA_NICS
+from vmrt.errors import DeadlineError, UnavailableError, UnsupportedError, VmError, VmGoneError, VmrtError
 from vmrt.model import DnsConfig, NamespaceMode, NamespaceOptions, PodNetwork, SandboxSpec, VmSpec
 from vmrt.pods import cpusets, pod_vm, resize, resolv, scratch, sizing
 from vmrt.pods.cancellation import uncancelled
@@ -103,7 +104,9 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
                     cgroup_parent=spec.cgroup_parent,
                 )
                 network = await _vm_and_network(table, live, vm, phases)
-            await both(_join(table, live, phases), _configure(table, live, network, phases))
+            if len(network.interfaces) > 1:
+                await _plug_nics(table, live, network, phases)
+            await both(_join(table, live, network, phases), _configure(table, live, network, phases))
         await cpusets.settle(table, live)
         state_dir(table, sandbox_id).mkdir(parents=True, exist_ok=True)
         if vm_id not in table.hypervisor.list():
@@ -129,9 +132,25 @@ async def connect(table: PodTable, live: LiveSandbox) -> AgentClient:
     return agent
 
 
-async def _join(table: PodTable, live: LiveSandbox, phases: Phases) -> None:
+async def _plug_nics(table: PodTable, live: LiveSandbox, network: PodNetwork, phases: Phases) -> None:
+    """Give the VM a NIC for each interface of the pod beyond its own. Taps and NICs go with the VM."""
+    with phases.phase("NICs"):
+        for number, interface in enumerate(network.interfaces[1:], start=1):
+            if number > MAX_EXTRA_NICS:
+                raise UnsupportedError(
+                    f"the network has {len(network.interfaces)} interfaces; a VM has at most {MAX_EXTRA_NICS + 1}",
+                    phase="attach NIC",
+                )
+            tap = pod_vm.extra_tap(live.record.vm_id, number)
+            await table.network.create_tap(tap)
+            await table.hypervisor.attach_nic(live.record.vm_id, tap, interface.device_mac)
+
+
+async def _join(table: PodTable, live: LiveSandbox, network: PodNetwork, phases: Phases) -> None:
     with phases.phase("join"):
         await table.network.join(live.id, live.record.tap)
+        for number, interface in enumerate(network.interfaces[1:], start=1):
+            await table.network.join(live.id, pod_vm.extra_tap(live.record.vm_id, number), interface.name)
 
 
 async def _configure(table: PodTable, live: LiveSandbox, network: PodNetwork, phases: Phases) -> None:

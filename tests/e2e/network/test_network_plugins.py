@@ -252,5 +252,5 @@ async def test_foreign_names_are_refused(network: NetBridge) -> None:
     for call in bad:
         with pytest.raises(NetworkError):
             await call()
-    await network.delete_tap("lo")
+    await network.delete_taps(["lo"])
     assert Path("/sys/class/net/lo").exists()
