@@ -176,12 +176,17 @@ class NetBridge:
         async def keep(newer: cni.Attachment) -> None:
             # Of a chain that a failure of the machine cuts off only addresses stay held, and to free them the plugins
             # need no result: what was written before the first of them will do.
-            write = functools.partial(cni.write_durably, synced=newer.complete)
-            await netns.in_thread(write, record, cni.to_record(newer))
+            if not newer.complete:
+                write = functools.partial(cni.write_durably, synced=False)
+                await netns.in_thread(write, record, cni.to_record(newer))
+
+        def finish(done: cni.Attachment) -> tuple[InterfaceState, ...]:
+            cni.write_durably(record, cni.to_record(done))
+            return netns.read_interfaces(path, IFNAME)
 
         await netns.in_thread(prepare)
         done = await cni.add(attachment, self._config.cni_timeout_s, keep)
-        states = await netns.in_thread(netns.read_interfaces, path, IFNAME)
+        states = await netns.in_thread(finish, done)
         return pod_network(path, cni.parse_result(done.result or {}, IFNAME), states, device_mac)
 
     async def teardown(self, sandbox_id: str) -> None:
@@ -209,8 +214,12 @@ class NetBridge:
             except NetworkError as e:
                 # They end by themselves when their clients fall silent.
                 log.warning("sandbox %s: %s", sandbox_id, e)
-        await netns.in_thread(netns.remove, path)
-        await netns.in_thread(functools.partial(record.unlink, missing_ok=True))
+
+        def forget() -> None:
+            netns.remove(path)
+            record.unlink(missing_ok=True)
+
+        await netns.in_thread(forget)
 
     async def _recall(self, sandbox_id: str) -> cni.Attachment | None:
         record = self._record(sandbox_id)

@@ -415,7 +415,7 @@ def test_a_hostile_guest_stays_in_its_volumes(privileged: Pod, tmp_path: Path) -
 def test_volumes_outlive_the_daemon_and_leave_nothing(private_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     import signal
 
-    daemon = private_daemon('[volumes]\nempty_dir = "disk"\n')
+    daemon = private_daemon(f'[volumes]\nempty_dir = "disk"\n[hypervisor]\nscratch_bytes = {128 * 1024**2}\n')
     volume = tmp_path / "volume"
     volume.mkdir()
     (volume / "kept").write_text("kept")
@@ -456,6 +456,10 @@ def test_volumes_outlive_the_daemon_and_leave_nothing(private_daemon: Callable[.
     # Another container of the pod, as after a crash, finds what was there.
     again = pod.run("sleep", "1000", mounts=[mount(disk, "/d")])
     assert sh(pod, again, "cat /d/sub/file") == "x"
+    # The writable layers of a pod have one disk, and that has its bound: the host's is not filled.
+    assert "No space" in fails(pod, again, "dd if=/dev/zero of=/big bs=1M count=256")
+    scratch = next((daemon.root / "scratch").glob("*.img")).stat()
+    assert scratch.st_blocks * 512 <= scratch.st_size == 128 * 1024**2
     daemon.remove_pods()
     assert str(image) not in subprocess.run(["losetup", "-l"], check=True, capture_output=True, text=True).stdout
     left = snapshot(daemon.root).added_since(before)
