@@ -61,7 +61,7 @@ class HypervisorConfig:
     boots_at_once: int = 0
     default_vcpus: int = 1
     default_memory_bytes: int = 512 * 1024**2
-    overhead_memory_bytes: int = 96 * 1024**2
+    overhead_memory_bytes: int = 128 * 1024**2
     # What a pod's VM may be enlarged to; 0 is as much as the host has, within reason: vmrt.pods.sizing.
     max_vcpus: int = 0
     max_memory_bytes: int = 0

@@ -108,9 +108,9 @@ MIB = 1024**2
     [
         (None, HandlerConfig(), (1, 512 * MIB)),
         (LinuxResources(), HandlerConfig(), (1, 512 * MIB)),
-        (LinuxResources(memory_limit_bytes=100 * MIB), HandlerConfig(), (1, 196 * MIB)),
-        (LinuxResources(memory_limit_bytes=1), HandlerConfig(), (1, 128 * MIB)),
-        (LinuxResources(memory_limit_bytes=100 * MIB + 1), HandlerConfig(), (1, 198 * MIB)),
+        (LinuxResources(memory_limit_bytes=960 * MIB), HandlerConfig(), (1, (960 + 20 + 128) * MIB)),
+        (LinuxResources(memory_limit_bytes=1), HandlerConfig(), (1, 160 * MIB)),
+        (LinuxResources(memory_limit_bytes=960 * MIB + 1), HandlerConfig(), (1, (960 + 20 + 128 + 2) * MIB)),
         (LinuxResources(cpu_quota_us=150_000, cpu_period_us=100_000), HandlerConfig(), (2, 512 * MIB)),
         (LinuxResources(cpu_quota_us=-1, cpu_period_us=100_000), HandlerConfig(vcpus=2), (2, 512 * MIB)),
         (LinuxResources(cpu_quota_us=10**9, cpu_period_us=1000), HandlerConfig(), (4, 512 * MIB)),
@@ -131,13 +131,13 @@ def test_the_runtime_class_overhead_counts() -> None:
     config = HypervisorConfig()
     limits = LinuxResources(memory_limit_bytes=100 * MIB, cpu_quota_us=90_000, cpu_period_us=100_000)
     spec = SandboxSpec(name="n", uid="u", namespace="ns", resources=limits)
-    assert sizing.asked(spec, config, HandlerConfig()) == (1, 196 * MIB)
+    assert sizing.asked(spec, config, HandlerConfig()) == (1, 232 * MIB)
     # The guest gets what QEMU itself does not take; the CPUs are one sum.
     overhead = LinuxResources(memory_limit_bytes=200 * MIB, cpu_quota_us=25_000, cpu_period_us=50_000)
     assert sizing.asked(replace(spec, overhead=overhead), config, HandlerConfig()) == (2, 236 * MIB)
     # A small one does not take away what the guest needs.
     overhead = LinuxResources(memory_limit_bytes=100 * MIB)
-    assert sizing.asked(replace(spec, overhead=overhead), config, HandlerConfig()) == (1, 196 * MIB)
+    assert sizing.asked(replace(spec, overhead=overhead), config, HandlerConfig()) == (1, 232 * MIB)
 
 
 def test_the_most_a_vm_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,13 +198,13 @@ def test_huge_pages_are_whole_ones() -> None:
     [
         (None, [], (1, 512)),
         # The sum of what living containers are limited to stands in for the pod's.
-        (None, [limits(memory=600), limits(memory=300, cpus=1.5), limits(cpus=1)], (3, 996)),
+        (None, [limits(memory=600), limits(memory=300, cpus=1.5), limits(cpus=1)], (3, 1048)),
         (None, [limits(memory=100)], (1, 512)),
         # kubelet's sum of the memory is 0 while any container is unlimited.
-        (limits(cpus=1), [limits(memory=600, cpus=9)], (1, 696)),
-        (limits(memory=200, cpus=2), [limits(memory=600, cpus=9)], (2, 296)),
+        (limits(cpus=1), [limits(memory=600, cpus=9)], (1, 742)),
+        (limits(memory=200, cpus=2), [limits(memory=600, cpus=9)], (2, 334)),
         # Huge pages are on top of either, with what the kernel keeps about them.
-        (limits(memory=200), [huge(**{"2MB": 96 * MIB})], (1, 394)),
+        (limits(memory=200), [huge(**{"2MB": 96 * MIB})], (1, 432)),
         (None, [huge(**{"2MB": 48 * MIB}), huge(**{"2MB": 48 * MIB})], (1, 610)),
     ],
 )

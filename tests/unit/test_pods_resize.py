@@ -93,9 +93,9 @@ def test_a_pods_vm_follows_its_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         sandbox = await world.service.run_sandbox(SANDBOX)
         assert size_of(world) == (1, 1, 512)
         await world.service.update_sandbox(sandbox, None, sums(1024 * MIB, 2.5))
-        assert size_of(world) == (3, 3, 1120)
+        assert size_of(world) == (3, 3, 1174)
         record = world.table.sandboxes[sandbox].record
-        assert (record.vcpus, record.memory_bytes) == (3, 1120 * MIB)
+        assert (record.vcpus, record.memory_bytes) == (3, 1174 * MIB)
         # Down: memory to no less than it booted with, CPUs offline and not unplugged.
         await world.service.update_sandbox(sandbox, None, sums(64 * MIB, 1))
         assert size_of(world) == (3, 1, 512)
@@ -152,7 +152,7 @@ def test_memory_in_use_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         guest.used_bytes = 1800 * MIB
         with pytest.raises(FailedPreconditionError, match="it uses 1832 MiB"):
             await world.service.update_sandbox(sandbox, None, sums(1024 * MIB))
-        assert size_of(world) == (1, 1, 2144)
+        assert size_of(world) == (1, 1, 2220)
 
     run(tmp_path, monkeypatch, test)
 
@@ -168,7 +168,7 @@ def test_a_pod_without_sums_is_enlarged_for_its_containers(tmp_path: Path, monke
         await world.service.create_container(sandbox, container("a", sums(300 * MIB, 0.5)))
         assert size_of(world) == (1, 1, 512)
         await world.service.create_container(sandbox, container("b", sums(400 * MIB, 1)))
-        assert size_of(world) == (2, 2, 796)
+        assert size_of(world) == (2, 2, 844)
         # A limit is no promise: what the host has is what there is, and a guest that does not plug is no failure.
         await world.service.create_container(sandbox, container("c", sums(2**40, 100)))
         assert size_of(world) == (4, 4, 8192)
@@ -185,13 +185,13 @@ def huge(mib: int) -> LinuxResources:
 @pytest.mark.usefixtures("host")
 def test_huge_pages_enlarge_a_vm_and_give_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(world: World) -> None:
-        sandbox = await world.service.run_sandbox(replace(SANDBOX, resources=sums(416 * MIB, 1)))
+        sandbox = await world.service.run_sandbox(replace(SANDBOX, resources=sums(376 * MIB, 1)))
         assert size_of(world) == (1, 1, 512)
         first = await world.service.create_container(sandbox, container("a", huge(96)))
         second = await world.service.create_container(sandbox, container("b", huge(192)))
         assert size_of(world) == (1, 1, 806)
         # The pod's new sums take nothing of it away.
-        await world.service.update_sandbox(sandbox, None, sums(616 * MIB, 1))
+        await world.service.update_sandbox(sandbox, None, sums(572 * MIB, 1))
         assert size_of(world) == (1, 1, 1006)
         with pytest.raises(ExhaustedError, match=r"hugepage_limits: the pod's VM would need .* MiB.* 8192 MiB"):
             await world.service.create_container(sandbox, container("c", huge(2**20)))
@@ -231,11 +231,11 @@ def test_a_container_of_a_pod_without_sums_has_its_vm_enlarged(tmp_path: Path, m
                 await world.service.update_container(container, asked)
         assert size_of(world) == (1, 1, 512)
         await world.service.update_container(container, sums(800 * MIB, 2))
-        assert size_of(world) == (2, 2, 896)
+        assert size_of(world) == (2, 2, 946)
         # With sums the pod's own size comes first.
         await world.service.update_sandbox(sandbox, None, sums(800 * MIB, 2))
         with pytest.raises(ExhaustedError, match="memory_limit_in_bytes"):
             await world.service.update_container(container, sums(2000 * MIB))
-        assert size_of(world) == (2, 2, 896)
+        assert size_of(world) == (2, 2, 946)
 
     run(tmp_path, monkeypatch, test)

@@ -149,8 +149,8 @@ async def test_a_waiting_vm_is_enlarged_for_a_larger_pod(machine: Machine) -> No
         (waiting,) = table.pool.vm_ids()
         large = table.sandboxes[await run_sandbox(table, sandbox("large", memory=600 * 1024**2))]
         assert large.record.vm_id == waiting
-        assert large.record.memory_bytes == 696 * 1024**2
-        assert machine.vms.vms[waiting].spec.memory_bytes == 696 * 1024**2
+        assert large.record.memory_bytes == 742 * 1024**2
+        assert machine.vms.vms[waiting].spec.memory_bytes == 742 * 1024**2
         assert "plug" in large.record.phases_ms
         await until(lambda: table.pool.waiting() == 1)
         small = table.sandboxes[await run_sandbox(table, sandbox("small", memory=64 * 1024**2))]

@@ -59,7 +59,9 @@ CMDLINE = " ".join(
 def cmdline(filesystem: str, *, is_tuned: bool) -> str:
     """Return the kernel command line of an image; the tuned kernel mounts the root and starts init itself."""
     if not is_tuned:
-        return CMDLINE
+        # 64 MiB of bounce buffers, which the kernel sets aside as memory might be plugged above 4 GiB: no device of
+        # the machine needs one (virtio without VIRTIO_F_ACCESS_PLATFORM), and the pod is to have what it was promised.
+        return f"{CMDLINE} swiotlb=noforce"
     # The machine has one virtio-blk disk; layers and scratch disk are SCSI (vmrt/hypervisor/domain.py). The dummy
     # driver is built in and would make an interface in the pod; pods still make their own.
     return f"{CMDLINE} dummy.numdummies=0 root=/dev/vda rootfstype={filesystem} ro init=/{initramfs.ROOT_INIT}"

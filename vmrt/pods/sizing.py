@@ -2,8 +2,9 @@
 
 kubelet sends the sum of the containers' limits (`linux.resources`) and the RuntimeClass's overhead; memory is 0 there
 when any container is unlimited, and then the configured default applies. What the guest's kernel and agent need comes
-on top, so that a container can use what it was promised. Of the RuntimeClass's overhead the guest gets what QEMU does
-not use itself: both together have to stay below the limit that kubelet makes of the two sums.
+on top, so that a container can use what it was promised: a fixed part, and the kernel's note of every page. Of the
+RuntimeClass's overhead the guest gets what QEMU does not use itself: both together have to stay below the limit that
+kubelet makes of the two sums.
 
 Huge pages are no part of a memory limit (the kernel accounts them apart), nor of the sums: they come on top while a
 container that may have them exists. Where a pod told no sums, what its living containers are limited to stands in.
@@ -27,8 +28,8 @@ _BLOCK = 128 * 1024**2
 _PERIOD_US = 100_000  # what the kernel takes when none is named
 # What QEMU and a VM's helpers take beside the guest's memory.
 _VMM_BYTES = 64 * _MIB
-# What the guest's kernel keeps of memory that is plugged: 64 octets a page of 4 KiB (struct page), with rounding.
-_HUGE_SHARE = 48
+# What the guest's kernel keeps of its memory: 64 octets a page of 4 KiB (struct page), with rounding.
+_NOTES_SHARE = 48
 _UNITS = {"K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}  # of cgroups' names of page sizes: "2MB"
 # What a VM can be enlarged to costs a little even when it is not: for each CPU in the guest, for each page in QEMU.
 _LIKELY_VCPUS = 32
@@ -57,7 +58,7 @@ def asked(spec: SandboxSpec, config: HypervisorConfig, handler: HandlerConfig) -
             millis = _millicpus(limits) + _millicpus(overhead)
             vcpus = max(vcpus, -(-millis // 1000))
         if limits.memory_limit_bytes > 0:
-            memory = limits.memory_limit_bytes + _guests_own(config, overhead)
+            memory = limits.memory_limit_bytes + _guests_own(config, overhead, limits.memory_limit_bytes)
     memory = max(memory, _least(config))
     return vcpus, -(-memory // _ALIGN) * _ALIGN
 
@@ -78,9 +79,9 @@ def needed(
     if sums.cpu_quota_us <= 0 and (millis := sum(_millicpus(limits) for limits in containers)):
         vcpus = max(vcpus, -(-(millis + _millicpus(overhead)) // 1000))
     if sums.memory_limit_bytes <= 0 and (limit := sum(limits.memory_limit_bytes for limits in containers)):
-        memory = max(memory, limit + _guests_own(config, overhead))
+        memory = max(memory, limit + _guests_own(config, overhead, limit))
     huge = sum(hugepage_bytes(limits) for limits in reserved)
-    memory += huge + huge // _HUGE_SHARE
+    memory += huge + huge // _NOTES_SHARE
     return vcpus, -(-memory // _ALIGN) * _ALIGN
 
 
@@ -108,8 +109,9 @@ def reach(vcpus: int, memory_bytes: int, config: HypervisorConfig) -> tuple[int,
     return max(vcpus, likely_vcpus), memory_bytes + max(0, likely_bytes - memory_bytes) // _BLOCK * _BLOCK
 
 
-def _guests_own(config: HypervisorConfig, overhead: LinuxResources) -> int:
-    return max(config.overhead_memory_bytes, overhead.memory_limit_bytes - _VMM_BYTES)
+def _guests_own(config: HypervisorConfig, overhead: LinuxResources, promised_bytes: int) -> int:
+    own = config.overhead_memory_bytes + promised_bytes // _NOTES_SHARE
+    return max(own, overhead.memory_limit_bytes - _VMM_BYTES)
 
 
 def _least(config: HypervisorConfig) -> int:
