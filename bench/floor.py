@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class Bare:
     qemu_pid: int
     helper_pid: int
     vsock: Path
+    pids: tuple[int, ...]  # QEMU and its helpers
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,8 @@ def bare_vm(
             raise RuntimeError(f"the bare VM did not come up; its console ends:\n{end}") from e
         boot_s = time.monotonic() - began
         connection.close()
-        yield Bare(boot_s, qemu.pid, helper.pid, directory / "vsock")
+        pids = (qemu.pid, *(process.pid for process in helpers))
+        yield Bare(boot_s, qemu.pid, helper.pid, directory / "vsock", pids)
     finally:
         for process in (qemu, *helpers):
             with contextlib.suppress(ProcessLookupError):
@@ -185,6 +187,15 @@ def kernel_alone_s(guest: GuestImage, directory: Path, *, number: int, kvm: bool
     if "Kernel panic" not in said:
         raise RuntimeError(f"the kernel did not end by its panic; its console ends:\n{said[-2000:]}")
     return lasted_s
+
+
+def processor_ms(pids: Iterable[int]) -> float:
+    """Return the processor time that processes have used, in user and kernel mode (proc_pid_stat(5))."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks * 1000 / os.sysconf("SC_CLK_TCK")
 
 
 def pss_bytes(pid: int) -> int:
