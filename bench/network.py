@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import time
@@ -35,6 +36,7 @@ CHAINS = 11
 PATIENCE_S = 120.0
 SERVER = f"nc -ll -p {ECHO} -e cat & nc -ll -p {SINK} -e sh -c 'cat >/dev/null' & wait"
 BULK, LATENCY, CHAIN = f"{BULK_BYTES >> 20} MB to the pod", "1 octet there and back", "CNI ADD + DEL"
+CHAIN_CPU = f"{CHAIN}, processor time"
 
 
 def measure(bench: Bench) -> None:
@@ -44,6 +46,9 @@ def measure(bench: Bench) -> None:
     bench.samples.compare("octets to a pod, of the tap itself (time)", (COLD, BULK), (FLOOR, BULK), 1 / 0.9)
     bench.samples.compare("latency of a pod, of the tap itself", (COLD, LATENCY), (FLOOR, LATENCY), 1 / 0.9)
     bench.samples.compare("CNI ADD + DEL, of the plugins by hand", (COLD, CHAIN), (BY_HAND, CHAIN), 1.1)
+    bench.samples.compare(
+        "CNI ADD + DEL, processor time, of the plugins by hand", (COLD, CHAIN_CPU), (BY_HAND, CHAIN_CPU)
+    )
 
 
 # --- octets -----------------------------------------------------------------------------------------------------------
@@ -160,17 +165,25 @@ async def _chains(bench: Bench) -> None:
     try:
         for number in range(CHAINS + 1):
             spec = SandboxSpec(f"pod-{number}", f"uid-{number}", "bench")
-            began = time.monotonic()
+            began, before = time.monotonic(), _processor_ms()
             await driver.setup(f"driver{number}", spec, device_mac="02:00:00:00:00:01")
             await driver.teardown(f"driver{number}")
-            ended = time.monotonic()
+            ended, between = time.monotonic(), _processor_ms()
             by_hand = await asyncio.to_thread(_run_by_hand, root, conflist, config, number)
             if number:  # the first chain makes the bridge
                 bench.samples.add(COLD, CHAIN, (ended - began) * 1000)
                 bench.samples.add(BY_HAND, CHAIN, by_hand * 1000)
+                bench.samples.add(COLD, CHAIN_CPU, between - before)
+                bench.samples.add(BY_HAND, CHAIN_CPU, _processor_ms() - between)
         await driver.close()
     finally:
         await asyncio.to_thread(subprocess.run, ["ip", "link", "delete", name], check=False, capture_output=True)
+
+
+def _processor_ms() -> float:
+    """Return the processor time of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used) * 1000
 
 
 def _run_by_hand(root: Path, conflist: cni.ConfList, config: NetworkConfig, number: int) -> float:
