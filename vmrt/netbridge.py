@@ -140,14 +140,15 @@ class NetBridge:
         that DEL fail too, the record stays: `list` names the sandbox and `teardown` tries again.
         """
         path, record = self._netns(sandbox_id), self._record(sandbox_id)
-        conflist = await self._conflist()
+        ranges = asyncio.to_thread(read_pod_ranges, self._ranges)
+        conflist, pod_ranges = await asyncio.gather(self._conflist(), ranges)
         self._refuse_missing(conflist, sandbox_id)
         attachment = cni.Attachment(
             container_id=sandbox_id,
             netns=str(path),
             ifname=IFNAME,
             args=cni_args.cni_args(sandbox_id, spec),
-            capability_args=cni_args.capability_args(spec, await asyncio.to_thread(read_pod_ranges, self._ranges)),
+            capability_args=cni_args.capability_args(spec, pod_ranges),
             conflist=conflist,
             bin_dirs=self._bin_dirs,
         )
@@ -234,11 +235,17 @@ class NetBridge:
             return cni.Attachment(sandbox_id, path, IFNAME, "", {}, await self._conflist(), self._bin_dirs)
 
     async def _delete(self, attachment: cni.Attachment) -> None:
-        path = Path(attachment.netns)
+        path, addresses = Path(attachment.netns), masqueraded(attachment)
+
+        def look() -> tuple[bool, bool]:
+            whole = not addresses or netns.has_addresses(path, attachment.ifname, addresses)
+            return netns.exists(path), whole
+
         for attempt, pause_s in enumerate(DELETE_PAUSES_S, start=1):
             await asyncio.sleep(pause_s)
-            await self._restore_addresses(attachment)
-            held = await netns.in_thread(netns.exists, path)
+            held, whole = await netns.in_thread(look)
+            if not whole and await self._restore(attachment, addresses):
+                held = True
             try:
                 await cni.delete(
                     attachment if held else replace(attachment, netns=""), timeout_s=self._config.cni_timeout_s
@@ -249,16 +256,14 @@ class NetBridge:
                     raise
                 log.info("sandbox %s: trying again: %s", attachment.container_id, e)
 
-    async def _restore_addresses(self, attachment: cni.Attachment) -> None:
-        """See that the bridge and ptp plugins (1.1.1 and later) find their masquerading rules.
+    async def _restore(self, attachment: cni.Attachment, addresses: Sequence[str]) -> bool:
+        """See that the bridge and ptp plugins (1.1.1 and later) find their masquerading rules; say if there were any.
 
         They remove the rules of the addresses that they find on the interface: where it is gone, with the whole
         netns or by an earlier attempt, DEL succeeds and leaks them. Where it is there and the rules are gone (after a
         reboot), DEL fails for ever. So the addresses are put back that still have rules.
         """
-        path, addresses = Path(attachment.netns), masqueraded(attachment)
-        if not addresses or await netns.in_thread(netns.has_addresses, path, attachment.ifname, addresses):
-            return
+        path = Path(attachment.netns)
         wanted = []
         for version, tool in ((4, "iptables-save"), (6, "ip6tables-save")):
             entries = [
@@ -276,6 +281,7 @@ class NetBridge:
         if wanted:
             log.info("sandbox %s: putting back %s for DEL", attachment.container_id, ", ".join(wanted))
             await netns.in_thread(restore)
+        return bool(wanted)
 
     async def check(self, sandbox_id: str) -> None:
         """Run CNI CHECK; raise `NetworkError` when a plugin finds the pod's network not as ADD left it."""
