@@ -496,6 +496,16 @@ def test_deprecated_seccomp_spelling(old: str, kind: ProfileType | None) -> None
         (lambda c: setattr(c, "working_dir", "srv"), "config.working_dir is 'srv'", InvalidArgumentError),
         (lambda c: setattr(c, "stop_signal", 99), "config.stop_signal has the unknown value 99", InvalidArgumentError),
         (
+            lambda c: c.linux.resources.unified.update({"cpuset.cpus": "1"}),
+            "config.linux.resources.unified has the key 'cpuset.cpus': the guest has other CPUs",
+            InvalidArgumentError,
+        ),
+        (
+            lambda c: setattr(c.linux.resources, "cpuset_mems", "0-99999"),
+            "config.linux.resources.cpuset_mems is '0-99999': 99999 is more than any kernel has",
+            InvalidArgumentError,
+        ),
+        (
             lambda c: c.linux.resources.unified.update({"../x": "1"}),
             "config.linux.resources.unified has the key '../x'",
             InvalidArgumentError,

@@ -46,7 +46,11 @@ def test_more_than_the_vm_has_is_refused_by_name() -> None:
         resize.check(LinuxResources(cpu_quota_us=150_000, cpu_period_us=100_000), OLD, 1, 512 * MIB)
     with pytest.raises(InvalidArgumentError, match="memory_swap_limit_in_bytes"):
         resize.check(LinuxResources(memory_limit_bytes=2 * MIB, memory_swap_limit_bytes=MIB), OLD, 1, 512 * MIB)
+    with pytest.raises(InvalidArgumentError, match="hugepage_limits"):
+        resize.check(huge(2), OLD, 1, 512 * MIB)
     resize.check(LinuxResources(cpu_quota_us=-1, memory_limit_bytes=512 * MIB), OLD, 1, 512 * MIB)
+    # kubelet names every size of page each time, most with 0.
+    resize.check(LinuxResources(hugepage_limits=(*huge(0).hugepage_limits, *huge(2).hugepage_limits)), huge(2), 1, MIB)
 
 
 def test_what_was_unlimited_becomes_so_again() -> None:

@@ -26,6 +26,7 @@ _EVERYWHERE = range(number_list.LIMIT)
 # A thread that is made while we look is found by looking again; one that makes threads without end is not waited for.
 _LOOKS = 8
 _ONLINE_NODES = Path("/sys/devices/system/node/online")
+_POSSIBLE = {"cpus": Path("/sys/devices/system/cpu/possible"), "mems": Path("/sys/devices/system/node/possible")}
 
 
 def own_cpuset(directories: Sequence[Path], vm_id: str) -> Path | None:
@@ -65,8 +66,12 @@ def confine(vm_id: str, cgroups: Sequence[Path], pids: Sequence[int], wanted: Co
 
 def host_nodes() -> frozenset[int]:
     """Return the host's memory nodes; a kernel without NUMA has node 0."""
+    return _numbers(_ONLINE_NODES)
+
+
+def _numbers(file: Path) -> frozenset[int]:
     try:
-        return number_list.parse(_ONLINE_NODES.read_text().strip())
+        return number_list.parse(file.read_text().strip())
     except (OSError, ValueError):
         return frozenset((0,))
 
@@ -75,12 +80,17 @@ def _write(directory: Path, wanted: Confinement) -> None:
     v2 = (directory / "cgroup.controllers").exists()
     for name, numbers in (("cpus", wanted.cpus), ("mems", wanted.mems)):
         file = directory / f"cpuset.{name}"
+        text = ""
         try:
             if numbers is not None:
                 text = number_list.spelt(numbers)
+            elif not v2:
+                text = (directory.parent / file.name).read_text()
+            elif file.read_text().strip():
+                # Not "nothing", which v2 refuses of a cgroup with processes: all that can be, within the parent's.
+                text = number_list.spelt(_numbers(_POSSIBLE[name]))
             else:
-                # v2 takes "nothing" for the parent's, v1 has to be told what that is.
-                text = "\n" if v2 else (directory.parent / file.name).read_text()
+                continue
             if name == "mems" and not v2:
                 (directory / "cpuset.memory_migrate").write_text("1")
             file.write_text(text)

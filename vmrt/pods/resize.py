@@ -76,6 +76,8 @@ def check(wanted: LinuxResources, old: LinuxResources, vcpus: int, memory_bytes:
         raise ExhaustedError(
             f"linux.memory_limit_in_bytes is {_mib(memory)}, the pod's VM has {_mib(memory_bytes)}", hint=_HINT
         )
+    if _pages(wanted) != _pages(old):
+        raise InvalidArgumentError("linux.hugepage_limits: huge pages are set apart when a container is created")
     if 0 < wanted.memory_swap_limit_bytes < memory:
         raise InvalidArgumentError(
             f"linux.memory_swap_limit_in_bytes is {wanted.memory_swap_limit_bytes}, below memory {memory}:"
@@ -84,6 +86,10 @@ def check(wanted: LinuxResources, old: LinuxResources, vcpus: int, memory_bytes:
     if wanted.cpu_quota_us > max(vcpus * (wanted.cpu_period_us or 100_000), old.cpu_quota_us):
         cpus = wanted.cpu_quota_us / (wanted.cpu_period_us or 100_000)
         raise ExhaustedError(f"linux.cpu_quota is worth {cpus:g} CPUs, the pod's VM has {vcpus}", hint=_HINT)
+
+
+def _pages(limits: LinuxResources) -> dict[str, int]:
+    return {limit.page_size: limit.limit_bytes for limit in limits.hugepage_limits if limit.limit_bytes}
 
 
 async def update_container(table: PodTable, live: LiveContainer, change: LinuxResources) -> None:
