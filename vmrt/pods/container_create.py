@@ -69,7 +69,7 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
             resource=f"sandbox {sandbox.id}",
             hint=sandbox.record.reason,
         )
-    cpusets.require_present(spec.resources, cpusets.Host.read(), "config.linux.resources")
+    cpusets.require_present(spec.resources, "config.linux.resources")
     image = table.images.get(spec.image)
     if image is None:
         raise NotFoundError(f"the image {spec.image!r} is not on this node", hint="pull or load it first")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmrt import number_list
@@ -45,8 +45,11 @@ def _online(directory: Path) -> frozenset[int]:
         return frozenset((0,))  # a kernel without NUMA has no list of nodes
 
 
-def require_present(limits: LinuxResources, host: Host, path: str = "linux") -> None:
+def require_present(limits: LinuxResources, path: str = "linux", host: Host | None = None) -> None:
     """Refuse a CPU or memory node that the host does not have, by name."""
+    if not _limited(limits):
+        return
+    host = host or Host.read()
     for key, text, has, what in (
         ("cpuset_cpus", limits.cpuset_cpus, host.cpus, "CPUs"),
         ("cpuset_mems", limits.cpuset_mems, host.nodes, "memory nodes"),
@@ -98,7 +101,11 @@ async def settle(
 
 
 def _concerned(sandbox: LiveSandbox, limits: Iterable[LinuxResources]) -> bool:
-    return sandbox.confined or any(each.cpuset_cpus or each.cpuset_mems for each in limits)
+    return sandbox.record.confined or any(_limited(each) for each in limits)
+
+
+def _limited(limits: LinuxResources) -> bool:
+    return bool(limits.cpuset_cpus or limits.cpuset_mems)
 
 
 async def _settle(
@@ -107,8 +114,13 @@ async def _settle(
     async with sandbox.confine_lock:
         if sandbox.record.state in (SandboxState.CREATING, SandboxState.READY):
             place = wanted(pod, _living(table, sandbox, container))
+            confined = place != Confinement()
+            # On record for as long as there may be something to take back.
+            if confined and not sandbox.record.confined:
+                table.save_sandbox(sandbox, replace(sandbox.record, confined=True))
             await table.hypervisor.confine(sandbox.record.vm_id, place)
-            sandbox.confined = place != Confinement()
+            if not confined and sandbox.record.confined:
+                table.save_sandbox(sandbox, replace(sandbox.record, confined=False))
 
 
 def settle_later(table: PodTable, sandbox_id: str) -> None:

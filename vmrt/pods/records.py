@@ -80,6 +80,8 @@ class SandboxRecord:
     # The VM's size; 0 in a record of a version that did not keep it.
     vcpus: int = 0
     memory_bytes: int = 0
+    # Its VM is kept to some of the host's CPUs or memory nodes, or is about to be.
+    confined: bool = False
     # Why it is not ready, for people: "stopped", "the VM's QEMU was killed (signal 9)".
     reason: str = ""
     # False until VM, network and scratch disk are known to be gone.

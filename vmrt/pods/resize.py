@@ -106,7 +106,7 @@ async def update_container(table: PodTable, live: LiveContainer, change: LinuxRe
         old = record.spec.resources
         wanted = merged(old, change)
         try:
-            cpusets.require_present(wanted, cpusets.Host.read())
+            cpusets.require_present(wanted)
             async with sandbox.size_lock:
                 # More than there can be is compared with what there is, and refused by name, next.
                 with contextlib.suppress(ExhaustedError):
@@ -261,7 +261,7 @@ async def update_sandbox(
             if memory_bytes < has_bytes:
                 await _check_vm_usage(live, memory_bytes)
             if resources is not None:
-                cpusets.require_present(resources, cpusets.Host.read(), "resources")
+                cpusets.require_present(resources, "resources")
                 await cpusets.settle(table, live, pod=resources)
             if (vcpus, memory_bytes) != (has_vcpus, has_bytes):
                 memory_bytes = await fit(table, live, live.need_agent(), vcpus, memory_bytes)

@@ -60,7 +60,7 @@ async def run_sandbox(table: PodTable, spec: SandboxSpec) -> str:
     handler_name, handler = table.handler(spec.runtime_handler)
     guest = table.guest(handler_name)
     if spec.resources is not None:
-        cpusets.require_present(spec.resources, cpusets.Host.read(), "config.linux.resources")
+        cpusets.require_present(spec.resources, "config.linux.resources")
     vcpus, memory_bytes = sizing.size(spec, table.config.hypervisor, handler)
     phases = Phases()
     sandbox_id = secrets.token_hex(32)

@@ -45,9 +45,8 @@ class LiveSandbox:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     # Who changes the VM's size; the innermost lock, since a container's update may come to it while it holds its own.
     size_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    # Who changes which of the host's CPUs the VM may use, and whether it may not use all (vmrt/pods/cpusets.py).
+    # Who changes which of the host's CPUs the VM may use (vmrt/pods/cpusets.py).
     confine_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    confined: bool = False
     agent: AgentClient | None = None
     events: asyncio.Task[None] | None = None
     # Layer disks by serial: a future that ends when the disk is in the VM.
@@ -202,8 +201,7 @@ class PodTable:
             if holder is not None:
                 raise AlreadyExistsError(f"the sandbox name {record.key!r} is taken", resource=f"sandbox {holder}")
             self.store.put("sandbox", record.id, record)
-        # What an earlier daemon has confined its VM to is not known.
-        live = self.sandboxes[record.id] = LiveSandbox(record, confined=recorded)
+        live = self.sandboxes[record.id] = LiveSandbox(record)
         self.generation += 1
         if recorded and record.state is SandboxState.CREATING:
             live.undo_failed = True
