@@ -3,7 +3,8 @@
 Started as a program inside `unshare -mpfu`, so it is PID 1 of a PID namespace as it is in a guest, with its own mounts:
 an empty /run, and /sys/fs/cgroup with the machine's cgroup v2 hierarchy (which may have no controllers). What differs
 from a guest is what the hypervisor would give: sockets are Unix sockets in DIRECTORY, and a layer is a directory
-there instead of a disk, and the programs are DIRECTORY/vmrt-exec and vmrt-zygote.so.
+there instead of a disk, the programs are DIRECTORY/vmrt-exec and vmrt-zygote.so.
+What the agent tells its console goes to DIRECTORY/console.
 
     agent_host.py DIRECTORY
 """
@@ -15,8 +16,9 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
-from vmrt.agent import cgroups, disks, kernel, layout, process, server, service
+from vmrt.agent import cgroups, console, disks, kernel, layout, process, rehearsal, server, service
 
 CGROUP_PREFIX = "vmrt-test-"
 
@@ -32,14 +34,25 @@ class DirectoryLayers(disks.Layers):
         return disks._Layer(str(self._directory / serial), serial)
 
 
+def _without_resources(spec: dict[str, Any]) -> dict[str, Any]:
+    del spec["linux"]["resources"]
+    return spec
+
+
 def main(directory: Path) -> None:
     """Serve until killed."""
     for target, fstype in (("/run", "tmpfs"), ("/sys/fs/cgroup", "cgroup2")):
         with contextlib.suppress(OSError):
             kernel.umount(target)
         kernel.mount(fstype, target, fstype)
+    # This machine may have no controllers, and not let crun load a filter for devices.
+    whole = rehearsal._specification
+    rehearsal._specification = lambda: _without_resources(whole())
+    told = (directory / "console").open("a", buffering=1)
+    console._write = told.write  # type: ignore[assignment]
     # The hierarchy is the machine's: hosts that run side by side must not meet.
     layout.EXEC_PROGRAM = str(directory / "vmrt-exec")
+    layout.REHEARSAL_ROOT = str(directory / "base")
     layout.ZYGOTE_LIBRARY = str(directory / "vmrt-zygote.so")
     cgroups.PARENT = f"/{CGROUP_PREFIX}{directory.name}-{directory.stat().st_ino}"
     for path in (layout.RUN, layout.SANDBOX, layout.CONTAINERS, layout.SCRATCH):

@@ -121,6 +121,9 @@ def test_a_pooled_pod_is_what_a_cold_one_is(private_daemon: Callable[..., Daemon
     warm_daemon = private_daemon(pool_settings(2))
     wait_for_pool(warm_daemon, 2)
     ahead = vms(warm_daemon)
+    for vm_id in ahead:
+        # What they did ahead was done to its end.
+        assert "rehears" not in (warm_daemon.root / "vms" / vm_id / "console").read_text(errors="replace")
     # Long enough for a difference in clocks or in what is counted from the boot to show.
     time.sleep(3)
     first, second = (a_pod(warm_daemon, tmp_path, name) for name in ("warm-1", "warm-2"))

@@ -53,6 +53,13 @@ def test_link_message() -> None:
     assert decoded(ifinfmsg, rtnetlink.link(1, up=True))["flags"] == 1
 
 
+def test_new_link_message() -> None:
+    found = decoded(ifinfmsg, rtnetlink.new_link(9, "dummy0", "dummy", "02:00:00:00:00:0a"))
+    assert (found["index"], found["flags"], found["change"]) == (9, 0, 0)
+    assert (found["IFLA_ADDRESS"], found["IFLA_IFNAME"]) == ("02:00:00:00:00:0a", "dummy0")
+    assert dict(found["IFLA_LINKINFO"]["attrs"]) == {"IFLA_INFO_KIND": "dummy"}  # type: ignore[index]
+
+
 def test_address_messages() -> None:
     four = decoded(ifaddrmsg, rtnetlink.address(2, "10.1.2.3/24"))
     assert (four["index"], four["prefixlen"], four["IFA_LOCAL"]) == (2, 24, "10.1.2.3")

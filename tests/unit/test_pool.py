@@ -14,7 +14,7 @@ import pytest
 from tests.contract.fake_hypervisor import FakeHypervisor, FakeVmHost
 from tests.contract.fake_network import FakeHost, FakeNetwork
 from vmrt.agent import agent_pb2 as pb
-from vmrt.agent import layout, ttrpc
+from vmrt.agent import layout, status, ttrpc
 from vmrt.config import Config, HandlerConfig, HypervisorConfig, PoolConfig
 from vmrt.errors import AlreadyExistsError, ExhaustedError, VmError
 from vmrt.model import GuestImage, LinuxResources, SandboxSpec
@@ -37,6 +37,10 @@ class Machine:
         self.vms = FakeVmHost(ports=(layout.CALL_PORT, layout.STREAM_PORT), agent=self.answer)
         self.network = FakeHost()
         self.configured: dict[str, pb.ConfigureSandboxRequest] = {}
+        self.rehearsed: list[str] = []
+        self.stage = asyncio.Event()  # rehearsals end
+        self.stage.set()
+        self.bad_rehearsals = 0
         self.guest_version = "1"
         self.available = 64 * GIB
         self.hung: set[str] = set()
@@ -53,6 +57,14 @@ class Machine:
                     continue
                 call = ttrpc.parse_request(message)
                 payload = pb.CheckResponse(protocol=layout.PROTOCOL_VERSION).SerializeToString()
+                if call.method == "Rehearse":
+                    self.rehearsed.append(vm_id)
+                    await self.stage.wait()
+                    payload = b""
+                    if self.bad_rehearsals:
+                        self.bad_rehearsals -= 1
+                        writer.write(ttrpc.failure(message.stream_id, status.INTERNAL, "left behind"))
+                        continue
                 if call.method == "ConfigureSandbox":
                     request = pb.ConfigureSandboxRequest.FromString(call.payload)
                     assert vm_id not in self.configured, "a guest is configured once"
@@ -133,6 +145,30 @@ async def test_a_pod_takes_the_waiting_vm_and_another_one_is_booted(machine: Mac
         second = table.sandboxes[await run_sandbox(table, sandbox("q"))]
         assert second.record.vm_id != waiting
         assert all(vm.spec.background for vm in machine.vms.vms.values())
+
+
+async def test_a_vm_is_offered_after_its_rehearsal_only(machine: Machine) -> None:
+    machine.stage.clear()
+    async with machine.daemon() as table:
+        await until(lambda: machine.rehearsed)
+        (vm_id,) = machine.rehearsed
+        cold = table.sandboxes[await run_sandbox(table, sandbox())]
+        assert cold.record.vm_id != vm_id
+        machine.stage.set()
+        await until(lambda: table.pool.waiting() == 1)
+        warm = table.sandboxes[await run_sandbox(table, sandbox("q"))]
+        assert warm.record.vm_id == vm_id
+        # A pod's own VM has no time for it.
+        assert cold.record.vm_id not in machine.rehearsed
+
+
+async def test_a_vm_whose_rehearsal_leaves_something_serves_nobody(machine: Machine) -> None:
+    machine.bad_rehearsals = 1
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        bad, good = machine.rehearsed
+        assert table.pool.vm_ids() == {good}
+        assert bad not in machine.vms.vms
 
 
 async def test_without_a_pool_nothing_is_booted_ahead(machine: Machine) -> None:

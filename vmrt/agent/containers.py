@@ -115,12 +115,12 @@ class Container:
 class Containers:
     """All containers of this guest."""
 
-    def __init__(self, reaper: Reaper, layers: Layers, events: Events) -> None:
+    def __init__(self, reaper: Reaper, layers: Layers, events: Events, crun_: crun.Crun | None = None) -> None:
         self._reaper = reaper
         self._layers = layers
         self._events = events
         self.volumes = volumes.Volumes()
-        self.crun = crun.Crun(reaper)
+        self.crun = crun_ or crun.Crun(reaper)
         self._lock = threading.Lock()
         self._table: dict[str, Container] = {}
 

@@ -30,6 +30,8 @@ SCRATCH_SERIAL = "scratch"  # the serial of that disk: one that is there is moun
 EXEC_PROGRAM = "/usr/lib/vmrt-exec"  # starts the process of an exec (vmrt/guest_image/exec.c)
 ZYGOTE_LIBRARY = "/usr/lib/vmrt-zygote.so"  # keeps crun loaded (vmrt/guest_image/zygote.c)
 
+REHEARSAL_ROOT = "/"  # what a container that is made for practice has as its root file system
+
 # Namespace paths that the host writes into an OCI spec. The first is a bind mount the agent makes when the sandbox is
 # configured with a shared PID namespace; the last is a name that the agent replaces by the target container's.
 POD_PID_NAMESPACE = "/run/vmrt/sandbox/pidns"

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 _NETLINK_ROUTE = 0
 # linux/netlink.h, linux/rtnetlink.h
 _NLMSG_ERROR = 2
-_F_REQUEST, _F_ACK, _F_REPLACE, _F_CREATE = 0x1, 0x4, 0x100, 0x400
+_F_REQUEST, _F_ACK, _F_REPLACE, _F_EXCL, _F_CREATE = 0x1, 0x4, 0x100, 0x200, 0x400
 _RTM_NEWLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWNEIGH = 16, 20, 24, 28
-_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_NET_NS_FD = 1, 3, 4, 28
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 1, 3, 4, 18, 28
+_IFLA_INFO_KIND = 1
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_BROADCAST, _IFA_FLAGS = 1, 2, 4, 8
 _IFA_F_NODAD, _IFA_F_PERMANENT = 0x02, 0x80
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
@@ -80,6 +81,17 @@ def link(index: int, *, up: bool, mac: str = "", mtu: int = 0, name: str = "") -
     if name:
         body += attribute(_IFLA_IFNAME, name.encode() + b"\0")
     return _RTM_NEWLINK, 0, body
+
+
+def new_link(index: int, name: str, kind: str, mac: str) -> tuple[int, int, bytes]:
+    """Return (type, flags, body) of the message that makes a link of a kind that needs no more, with this index."""
+    body = _LINK.pack(0, 0, index, 0, 0) + attribute(_IFLA_IFNAME, name.encode() + b"\0")
+    body += attribute(_IFLA_ADDRESS, parse_mac(mac))
+    return (
+        _RTM_NEWLINK,
+        _F_CREATE | _F_EXCL,
+        body + attribute(_IFLA_LINKINFO, attribute(_IFLA_INFO_KIND, kind.encode())),
+    )
 
 
 def move_link(index: int, netns_fd: int) -> tuple[int, int, bytes]:

@@ -59,6 +59,11 @@ class Sandbox:
         self.settled = threading.Event()  # configure has ended, well or badly
         self.shared = False
 
+    @property
+    def asked_for(self) -> str:
+        """The sandbox that this VM is, or failed to become; "" for none yet."""
+        return self._asked_for
+
     def require(self) -> None:
         """Raise `AgentError` (FAILED_PRECONDITION) unless the sandbox is configured."""
         if not self.configured:
@@ -114,7 +119,7 @@ class Sandbox:
                 self._make_namespaces(request.user_namespace)
                 move_links([found[mac] for mac in _macs(request) if mac in found])
         with _phase("files"):
-            self._write_files(request, self._layers.owner)
+            write_files(layout.SANDBOX, request, self._layers.owner)
         if request.scratch_serial and request.scratch_serial != self._scratch:
             disks.mount_scratch(request.scratch_serial, deadline)
         with _phase("mount the virtiofs share"):
@@ -126,7 +131,7 @@ class Sandbox:
         with namespaces.entered():
             _socket.sethostname(request.hostname or "localhost")
             with _phase("network"):
-                _configure_network(request, found)
+                configure_network(request, found)
             for name, value in sorted(request.sysctls.items()):
                 path = sysctl_path(name)
                 with _phase(f"sysctl {name}={value}"):
@@ -148,25 +153,27 @@ class Sandbox:
             kernel.umount(layout.POD_PID_NAMESPACE)
             self._reaper.signal(self._pid_namespace, 9)
 
-    def _write_files(self, request: pb.ConfigureSandboxRequest, owner: tuple[int, int]) -> None:
-        _mkdir(layout.SANDBOX)
-        hostname = request.hostname or "localhost"
-        for name, content in (
-            ("hostname", hostname.encode() + b"\n"),
-            ("hosts", request.hosts),
-            ("resolv.conf", request.resolv_conf),
-        ):
-            _write(f"{layout.SANDBOX}/{name}", content)
-            os.chown(f"{layout.SANDBOX}/{name}", *owner)
-        if request.machine_id:
-            _write(f"{layout.SANDBOX}/machine-id", request.machine_id.encode() + b"\n")
-            with contextlib.suppress(OSError):  # the root image need not have the file
-                kernel.mount(f"{layout.SANDBOX}/machine-id", "/etc/machine-id", "", kernel.MS_BIND)
-        shm = f"{layout.SANDBOX}/shm"
-        _mkdir(shm)
-        size = f",size={request.shm_bytes}" if request.shm_bytes else ""
-        options = f"mode=1777,uid={owner[0]},gid={owner[1]}{size}"
-        kernel.mount("shm", shm, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
+
+def write_files(directory: str, request: pb.ConfigureSandboxRequest, owner: tuple[int, int]) -> None:
+    """Make the files that the pod's containers mount, and their shared memory, in a directory."""
+    _mkdir(directory)
+    hostname = request.hostname or "localhost"
+    for name, content in (
+        ("hostname", hostname.encode() + b"\n"),
+        ("hosts", request.hosts),
+        ("resolv.conf", request.resolv_conf),
+    ):
+        _write(f"{directory}/{name}", content)
+        os.chown(f"{directory}/{name}", *owner)
+    if request.machine_id:
+        _write(f"{directory}/machine-id", request.machine_id.encode() + b"\n")
+        with contextlib.suppress(OSError):  # the root image need not have the file
+            kernel.mount(f"{directory}/machine-id", "/etc/machine-id", "", kernel.MS_BIND)
+    shm = f"{directory}/shm"
+    _mkdir(shm)
+    size = f",size={request.shm_bytes}" if request.shm_bytes else ""
+    options = f"mode=1777,uid={owner[0]},gid={owner[1]}{size}"
+    kernel.mount("shm", shm, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
 
 
 @contextlib.contextmanager
@@ -257,7 +264,8 @@ def _links(wanted: list[str], deadline: float) -> dict[str, tuple[str, int]]:
         time.sleep(0.01)
 
 
-def _configure_network(request: pb.ConfigureSandboxRequest, found: dict[str, tuple[str, int]]) -> None:
+def configure_network(request: pb.ConfigureSandboxRequest, found: dict[str, tuple[str, int]]) -> None:
+    """Configure interfaces (`found`: MAC address -> name, index), routes and neighbours in the present namespace."""
     netlink = rtnetlink.Netlink()
     try:
         indexes = {"lo": 1}

@@ -36,6 +36,7 @@ class Service:
 
     def __init__(self, reaper: Reaper, *, listening_us: int = 0) -> None:
         self.listening_us = listening_us
+        self._reaper = reaper
         self.booted = threading.Event()  # the mounts are made
         self.events = events.Events()
         self.layers = disks.Layers()
@@ -57,6 +58,7 @@ class Service:
             "PublishFiles": (pb.PublishFilesRequest, self.publish_files),
             "ReleaseDisk": (pb.ReleaseDiskRequest, self.release_disk),
             "SetCpus": (pb.SetCpusRequest, self.set_cpus),
+            "Rehearse": (pb.RehearseRequest, self.rehearse),
             "Shutdown": (pb.ShutdownRequest, self.shutdown),
         }
 
@@ -111,6 +113,18 @@ class Service:
         """Make the guest one pod's."""
         self.sandbox.configure(request, deadline)
         return pb.ConfigureSandboxResponse()
+
+    def rehearse(self, request: pb.RehearseRequest, deadline: float) -> pb.RehearseResponse:
+        """Do what the first pod would be the first to do, in a VM that has none yet."""
+        if self.sandbox.asked_for:
+            raise status.AgentError(
+                status.FAILED_PRECONDITION, f"this VM is sandbox {self.sandbox.asked_for}'s already"
+            )
+        from vmrt.agent import rehearsal
+
+        self.sandbox.prepare()
+        rehearsal.rehearse(self._reaper, self.containers.crun)
+        return pb.RehearseResponse()
 
     def create_container(self, request: pb.CreateContainerRequest, deadline: float) -> pb.CreateContainerResponse:
         """Make a container."""

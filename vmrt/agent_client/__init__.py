@@ -69,6 +69,10 @@ class AgentClient:
             )
         return answer
 
+    async def rehearse(self, *, timeout_s: float) -> None:
+        """Have a guest without a pod do what its first pod would be the first to do. Raises for what it would leave."""
+        await self._call("Rehearse", pb.RehearseRequest(), pb.RehearseResponse, timeout_s)
+
     async def configure_sandbox(
         self, request: pb.ConfigureSandboxRequest, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> pb.ConfigureSandboxResponse:

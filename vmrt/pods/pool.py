@@ -1,6 +1,7 @@
 """The warm pool: VMs booted ahead, up to their agent's ready notice, that wait for a pod.
 
-A pool VM has what every pod's VM has: its vsock and agent connection, its scratch disk, a NIC on an open tap. What
+A pool VM has what every pod's VM has: its vsock and agent connection, its scratch disk, a NIC on an open tap. Its guest
+has done once, and undone, what the first pod would be the first to do there (vmrt/agent/rehearsal.py). What
 makes it one pod's (addresses, hostname, machine id, clock, random seed) comes with ConfigureSandbox, as for a cold one.
 
 Rules:
@@ -47,6 +48,8 @@ _LOOK_AGAIN_S = 60.0
 # An unbroken stream of starts must not keep the pool empty for ever.
 _QUIET_LIMIT_S = 30.0
 _ADOPT_TIMEOUT_S = 5.0
+# Seconds of an emulated guest, many on a busy machine; nobody waits for it.
+_REHEARSAL_TIMEOUT_S = 120.0
 # Long: a host that boots many VMs keeps a healthy guest from its turn for seconds.
 _PROBE_TIMEOUT_S = 20.0
 
@@ -327,6 +330,11 @@ class Pool:
                 async with table.boots:
                     await pod_vm.make(table.config, table.hypervisor, table.network, spec, _untimed)
                 agent = await _connected(table, vm_id)
+                try:
+                    await agent.rehearse(timeout_s=_REHEARSAL_TIMEOUT_S)
+                except BaseException:
+                    await agent.close()
+                    raise
                 ready = replace(record, ready=True)
                 table.store.put("pool", vm_id, ready)
             except BaseException:
