@@ -53,6 +53,7 @@ class Container:
         self.exit: Exit | None = None
         self.spec: dict[str, Any] = {}
         self._exec_template = b""
+        self._execs = 0
         self.undo = contextlib.ExitStack()
         self.output = output_
         self.pump: output.Pump | None = None
@@ -64,7 +65,7 @@ class Container:
         self.writable = ""
         self.measured: tuple[float, int, int] = (-1e9, 0, 0)
         self.identity = users.Identity(0, 0, (), "")
-        self._stdin_lock = threading.Lock()
+        self._small_lock = threading.Lock()
 
     @property
     def directory(self) -> str:
@@ -82,6 +83,12 @@ class Container:
             self._exec_template = enter.template(self.spec, crun.filter_path(self.id))
         return self._exec_template
 
+    def next_exec(self) -> int:
+        """Return a number that no exec in this container has had."""
+        with self._small_lock:
+            self._execs += 1
+            return self._execs
+
     def require(self, *states: int) -> None:
         """Raise `AgentError` (FAILED_PRECONDITION) unless it is in one of these states."""
         if self.state not in states:
@@ -92,21 +99,21 @@ class Container:
 
     def write_stdin(self, data: bytes) -> int:
         """Write to its stdin without waiting; return how many octets went. Raises `OSError` (EPIPE when closed)."""
-        with self._stdin_lock:
+        with self._small_lock:
             if self.stdin_fd < 0:
                 raise BrokenPipeError
             return os.write(self.stdin_fd, data)
 
     def close_stdin(self) -> None:
         """Close its stdin; a terminal stays, and so does a pipe that is closed already."""
-        with self._stdin_lock:
+        with self._small_lock:
             if self.stdin_fd >= 0 and not self.tty:
                 os.close(self.stdin_fd)
                 self.stdin_fd = -1
 
     def forget_stdin(self) -> None:
         """Close our end of its stdin or terminal for good."""
-        with self._stdin_lock:
+        with self._small_lock:
             if self.stdin_fd >= 0:
                 os.close(self.stdin_fd)
                 self.stdin_fd = -1

@@ -38,16 +38,6 @@ _F_SETPIPE_SZ = 1031
 _STDIN_BOUND = 512 * 1024
 _BURST_S = 0.005
 
-_number_lock = threading.Lock()
-_number = 0
-
-
-def _next_number() -> int:
-    global _number
-    with _number_lock:
-        _number += 1
-        return _number
-
 
 def set_window(fd: int, width: int, height: int) -> None:
     """Set a terminal's size (TIOCSWINSZ); a size that does not fit 16 bits is cut."""
@@ -77,7 +67,7 @@ class ExecSession:
         self._request = request
         self._container: Container = containers.get(request.container_id)
         self._own = containers.own
-        self._cgroup = cgroups.Cgroup(self._container.id, f"exec-{_next_number()}")
+        self._cgroup = cgroups.Cgroup(self._container.id, f"exec-{self._container.next_exec()}")
         self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stdin = -1
         self._stdin_data: deque[memoryview] = deque()  # none of them empty

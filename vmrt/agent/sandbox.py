@@ -87,6 +87,12 @@ class Sandbox:
             if self._pid_namespace is None:
                 with _phase("shared PID namespace"):
                     self._pid_namespace = _hold_pid_namespace(self._reaper)
+            if not self.shared:
+                # A VM without a share has no device of that name.
+                with contextlib.suppress(OSError):
+                    _mkdir(layout.SHARE)
+                    kernel.mount("share", layout.SHARE, "virtiofs")
+                    self.shared = True
             if not self._scratch and disks.find(layout.SCRATCH_SERIAL):
                 disks.mount_scratch(layout.SCRATCH_SERIAL, time.monotonic())
                 self._scratch = layout.SCRATCH_SERIAL
@@ -123,11 +129,12 @@ class Sandbox:
         if request.scratch_serial and request.scratch_serial != self._scratch:
             disks.mount_scratch(request.scratch_serial, deadline)
         with _phase("mount the virtiofs share"):
-            if request.share:
+            if request.share and not self.shared:
                 _mkdir(layout.SHARE)
                 kernel.mount("share", layout.SHARE, "virtiofs")
-                kernel.mount("", layout.SHARE, "", kernel.MS_SHARED)
                 self.shared = True
+            if request.share:
+                kernel.mount("", layout.SHARE, "", kernel.MS_SHARED)
         with namespaces.entered():
             _socket.sethostname(request.hostname or "localhost")
             with _phase("network"):
