@@ -4,7 +4,7 @@ Started as a program inside `unshare -mpfu`, so it is PID 1 of a PID namespace a
 an empty /run, and /sys/fs/cgroup with the machine's cgroup v2 hierarchy (which may have no controllers). What differs
 from a guest is what the hypervisor would give: sockets are Unix sockets in DIRECTORY, and a layer is a directory
 there instead of a disk, the programs are DIRECTORY/vmrt-exec and vmrt-zygote.so.
-What the agent tells its console goes to DIRECTORY/console.
+What the agent tells its console goes to DIRECTORY/agent.log.
 
     agent_host.py DIRECTORY
 """
@@ -48,7 +48,7 @@ def main(directory: Path) -> None:
     # This machine may have no controllers, and not let crun load a filter for devices.
     whole = rehearsal._specification
     rehearsal._specification = lambda: _without_resources(whole())
-    told = (directory / "console").open("a", buffering=1)
+    told = (directory / "agent.log").open("a", buffering=1)
     console._write = told.write  # type: ignore[assignment]
     # The hierarchy is the machine's: hosts that run side by side must not meet.
     layout.EXEC_PROGRAM = str(directory / "vmrt-exec")

@@ -34,7 +34,7 @@ async def test_a_rehearsal_succeeds_and_leaves_nothing(agent_host: AgentHost, tm
     assert len(list(Path(f"/proc/{agent_host.pid}/fd").iterdir())) == descriptors
     assert not any("rehearsal" in name for name in (*files, *mounts))
     assert not list(agent_host.cgroup.glob("rehearsal*"))
-    assert (tmp_path / "console").read_text() == ""  # no part of it has failed
+    assert (tmp_path / "agent.log").read_text() == ""  # no part of it has failed
     answer = await agent_host.client.list_containers()
     assert (list(answer.containers), answer.last_event) == ([], 0)
     assert not [line for line in Path(f"/proc/{agent_host.pid}/net/dev").read_text().splitlines() if "dummy0" in line]
@@ -48,7 +48,7 @@ async def test_a_part_that_fails_is_told_and_undone(agent_host: AgentHost, tmp_p
     (tmp_path / "base").unlink()
     (tmp_path / "base").mkdir()
     await agent_host.client.rehearse(timeout_s=100)
-    assert "rehearsal: AgentError: create container rehearsal" in (tmp_path / "console").read_text()
+    assert "rehearsal: AgentError: create container rehearsal" in (tmp_path / "agent.log").read_text()
     assert not any("rehearsal" in name for name in (*_files(agent_host), *_mounts(agent_host)))
     assert not list(agent_host.cgroup.glob("rehearsal*"))
 
