@@ -160,6 +160,15 @@ async def test_exec_carries_stdin_and_its_end_whole(client: AgentClient) -> None
     assert received == data
 
 
+async def test_an_exec_goes_on_after_the_end_of_its_output(client: AgentClient) -> None:
+    await run(client, "c", ["sleep", "1000"])
+    async with client.exec("c", ["sh", "-c", "exec >&- 2>&-; read code; exit $code"], stdin=True) as session:
+        await asyncio.sleep(0.1)  # the end of its output has been noticed
+        await session.write_stdin(b"7\n")
+        assert [chunk async for chunk in session] == []
+    assert await session.exit_code() == 7
+
+
 async def test_an_exec_whose_client_goes_is_killed_with_all_it_started(client: AgentClient) -> None:
     await run(client, "c", ["sleep", "1000"])
     async with client.exec("c", ["sh", "-c", "sleep 4321 & echo up; sleep 4321"]) as session:

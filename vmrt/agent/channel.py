@@ -68,6 +68,10 @@ class Channel:
         except frames.FrameError as e:
             raise Closed(str(e)) from e
 
+    def queue(self, frame: bytes) -> None:
+        """Have a frame sent with the next one, or by `push`."""
+        self._out += frame
+
     def send(self, frame: bytes) -> None:
         """Queue a frame and send what the socket takes. Raises `Closed`."""
         self._out += frame

@@ -37,6 +37,7 @@ _F_SETPIPE_SZ = 1031
 # Above layout.STDIN_WINDOW: a connection that is not read any more may hold back its other direction.
 _STDIN_BOUND = 512 * 1024
 _BURST_S = 0.005
+_HOLD_S = 0.01
 
 
 def set_window(fd: int, width: int, height: int) -> None:
@@ -143,18 +144,23 @@ class ExecSession:
         channel, watch = self._channel, self._watch
         silent_since = 0.0
         last_output = 0.0
+        held = False
         while True:
             ended = self._child is not None and self._child.exit is not None
             if ended and not channel.congested:
                 silent_since = silent_since or time.monotonic()
             if ended and (not self._sources or (silent_since and time.monotonic() - silent_since >= SILENCE_S)):
                 break
-            watch.want(channel.fileno(), channel.interest(read=self._stdin_held < _STDIN_BOUND))
+            interest = channel.interest(read=self._stdin_held < _STDIN_BOUND)
+            # A process whose output has ended mostly ends, too: what is said of both goes in one piece.
+            hold = not self._sources and not ended and not held
+            watch.want(channel.fileno(), interest & ~select.POLLOUT if hold else interest)
             watch.want(self._ended, 0 if ended else select.POLLIN)
             watch.want(self._stdin, select.POLLOUT if self._stdin_data else 0)
             for fd in self._sources:
                 watch.want(fd, 0 if channel.congested else select.POLLIN)
-            ready = watch.wait(SILENCE_S if ended else None)
+            ready = watch.wait(SILENCE_S if ended else _HOLD_S if hold else None)
+            held = held or (hold and self._ended not in ready)
             self._serve_channel(ready.get(channel.fileno(), 0))
             if self._stdin in ready:
                 self._write_stdin()
@@ -170,7 +176,7 @@ class ExecSession:
                 silent_since = 0.0
         assert self._child is not None and self._child.exit is not None
         for kind in set(self._sources.values()):
-            channel.send(frames.close_frame(kind))
+            channel.queue(frames.close_frame(kind))
         self._child.exit.oom_killed = self._cgroup.oom_kills() > 0
         channel.send(frames.encode(pb.EXIT, self._child.exit.frame().SerializeToString()))
         channel.flush()
@@ -246,7 +252,7 @@ class ExecSession:
         self._watch.forget(fd)
         os.close(fd)
         del self._sources[fd]
-        self._channel.send(frames.close_frame(kind))
+        self._channel.queue(frames.close_frame(kind))
 
     def _close(self) -> None:
         for fd in [*self._sources, self._stdin]:
