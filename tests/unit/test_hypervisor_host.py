@@ -217,6 +217,8 @@ def test_qemu_conf() -> None:
     assert "dynamic_ownership = 0" in lines
     assert "seccomp_sandbox = 1" in lines
     assert 'namespaces = ["mount"]' in lines
+    # Else libvirt makes directories in every hugetlbfs of the host, pods' emptyDirs among them.
+    assert "hugetlbfs_mount = []" in lines
 
 
 def test_a_long_message_keeps_its_cause() -> None:

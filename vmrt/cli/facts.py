@@ -234,7 +234,10 @@ async def _libvirt(config: Config) -> Tool:
         if not h.uri:
             settings = Path(root) / "etc" / "qemu.conf"
             settings.parent.mkdir()
-            settings.write_text(f'user = "{h.qemu_user}"\ngroup = "{h.qemu_group}"\nsecurity_driver = "none"\n')
+            # As the daemon's (vmrt.hypervisor.libvirt_host.qemu_conf), as far as opening goes.
+            settings.write_text(
+                f'user = "{h.qemu_user}"\ngroup = "{h.qemu_group}"\nsecurity_driver = "none"\nhugetlbfs_mount = []\n'
+            )
         uri = h.uri or f"qemu:///embed?root={root}"
         try:
             done = await spawn.run([sys.executable, "-c", _LIBVIRT_PROBE, uri], timeout_s=PROBE_TIMEOUT_S, check=False)

@@ -79,6 +79,9 @@ def qemu_conf(user: str, group: str) -> str:
         "clear_emulator_capabilities": 1,
         # VMs go into their pods' cgroups (vmrt.hypervisor.cgroup); libvirt would take CPUs that it plugs out again.
         "cgroup_controllers": [],
+        # No VM of ours has huge pages of the host; where it finds a hugetlbfs libvirt makes directories and opens it to
+        # everybody, and that may be a pod's emptyDir.
+        "hugetlbfs_mount": [],
         # virtlogd is a daemon; what QEMU itself says goes to a file, and the console never goes there.
         "stdio_handler": "file",
         "max_core": 0,
