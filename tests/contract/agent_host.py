@@ -3,7 +3,7 @@
 Started as a program inside `unshare -mpfu`, so it is PID 1 of a PID namespace as it is in a guest, with its own mounts:
 an empty /run, and /sys/fs/cgroup with the machine's cgroup v2 hierarchy (which may have no controllers). What differs
 from a guest is what the hypervisor would give: sockets are Unix sockets in DIRECTORY, and a layer is a directory
-there instead of a disk, the programs are DIRECTORY/vmrt-exec and vmrt-zygote.so.
+there instead of a disk, the programs are vmrt-exec, vmrt-pause and vmrt-zygote.so there.
 What the agent tells its console goes to DIRECTORY/agent.log.
 
     agent_host.py DIRECTORY
@@ -52,6 +52,7 @@ def main(directory: Path) -> None:
     console._write = told.write  # type: ignore[assignment]
     # The hierarchy is the machine's: hosts that run side by side must not meet.
     layout.EXEC_PROGRAM = str(directory / "vmrt-exec")
+    layout.PAUSE_PROGRAM = str(directory / "vmrt-pause")
     layout.REHEARSAL_ROOT = str(directory / "base")
     layout.ZYGOTE_LIBRARY = str(directory / "vmrt-zygote.so")
     cgroups.PARENT = f"/{CGROUP_PREFIX}{directory.name}-{directory.stat().st_ino}"

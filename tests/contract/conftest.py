@@ -61,19 +61,26 @@ def root_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return layer
 
 
-@pytest.fixture(scope="module")
-def exec_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    program = tmp_path_factory.mktemp("programs") / "vmrt-exec"
-    program.write_bytes(asyncio.run(initramfs.compile_program(initramfs.EXEC_SOURCE)))
+def _compiled(directory: Path, name: str, source: Path) -> Path:
+    program = directory / name
+    program.write_bytes(asyncio.run(initramfs.compile_program(source)))
     program.chmod(0o755)
     return program
 
 
 @pytest.fixture(scope="module")
+def exec_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _compiled(tmp_path_factory.mktemp("programs"), "vmrt-exec", initramfs.EXEC_SOURCE)
+
+
+@pytest.fixture(scope="module")
+def pause_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _compiled(tmp_path_factory.mktemp("programs"), "vmrt-pause", initramfs.PAUSE_SOURCE)
+
+
+@pytest.fixture(scope="module")
 def zygote_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("programs") / "vmrt-zygote.so"
-    library.write_bytes(asyncio.run(initramfs.compile_program(initramfs.ZYGOTE_SOURCE)))
-    return library
+    return _compiled(tmp_path_factory.mktemp("programs"), "vmrt-zygote.so", initramfs.ZYGOTE_SOURCE)
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,9 @@ async def client(agent_host: AgentHost) -> AgentClient:
 
 @pytest.fixture
 async def agent_host(
-    root_layer: Path, exec_program: Path, zygote_library: Path, tmp_path: Path
+    root_layer: Path, exec_program: Path, pause_program: Path, zygote_library: Path, tmp_path: Path
 ) -> AsyncIterator[AgentHost]:
+    (tmp_path / "vmrt-pause").symlink_to(pause_program)
     async with running_agent(tmp_path, root_layer, exec_program, zygote_library) as running:
         yield running
 

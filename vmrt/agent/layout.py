@@ -28,6 +28,7 @@ CONTAINERS = "/run/vmrt/containers"  # <id>/rootfs, <id>/config.json, <id>/stora
 SCRATCH = "/run/vmrt/scratch"  # the pod's scratch disk
 SCRATCH_SERIAL = "scratch"  # the serial of that disk: one that is there is mounted before any request
 EXEC_PROGRAM = "/usr/lib/vmrt-exec"  # starts the process of an exec (vmrt/guest_image/exec.c)
+PAUSE_PROGRAM = "/usr/lib/vmrt-pause"  # PID 1 of the containers' PID namespace (vmrt/guest_image/pause.c)
 ZYGOTE_LIBRARY = "/usr/lib/vmrt-zygote.so"  # keeps crun loaded (vmrt/guest_image/zygote.c)
 
 REHEARSAL_ROOT = "/"  # what a container that is made for practice has as its root file system

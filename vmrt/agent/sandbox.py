@@ -149,6 +149,8 @@ class Sandbox:
         console.log(f"sandbox {self._asked_for} configured")
 
     def _make_namespaces(self, mapping: pb.UserNamespace) -> None:
+        import signal  # noqa: F401 - for the fork, see _sleep_as_init
+
         # The PID namespace that was made ahead belongs to the guest's user namespace.
         self._drop_pid_namespace()
         self._pid_namespace = namespaces.make(self._reaper, mapping, _sleep_as_init)
@@ -321,23 +323,15 @@ def _configure_interface(netlink: rtnetlink.Netlink, interface: pb.Interface, fo
 def _hold_pid_namespace(reaper: Reaper) -> Child:
     """Make the PID namespace that the pod's containers share, its PID 1, and the bind mount that names it.
 
-    unshare(CLONE_NEWPID) changes where the calling thread's children go, so a thread of its own calls it and forks
-    once. The fork is PID 1 there: with SIGCHLD ignored the kernel reaps orphans itself (sigaction(2)), so it sleeps.
+    unshare(CLONE_NEWPID) changes where the calling thread's children go, so a thread of its own calls it and starts one
+    program (vmrt/guest_image/pause.c): that is PID 1 there.
     """
-    import signal  # noqa: F401 - for the fork, see there
-
     outcome: list[Child | BaseException] = []
-
-    def fork() -> int:
-        pid = os.fork()
-        if pid == 0:
-            _sleep_as_init()
-        return pid
 
     def hold() -> None:
         try:
             kernel.unshare(kernel.CLONE_NEWPID)
-            outcome.append(reaper.register(fork))
+            outcome.append(reaper.spawn([layout.PAUSE_PROGRAM]))
         except BaseException as e:
             outcome.append(e)
 

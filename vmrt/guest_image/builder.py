@@ -292,10 +292,11 @@ async def _inputs(
     store: PackageCache, progress: Progress, agent: Mapping[str, bytes] | None, kernel_choice: str
 ) -> _Inputs:
     filesystem = rootfs.choose_filesystem()
-    packages, init, exec_, zygote = await asyncio.gather(
+    packages, init, exec_, pause, zygote = await asyncio.gather(
         store.resolve(KERNEL_PACKAGE, rootfs.PACKAGES, progress),
         initramfs.compile_program(initramfs.INIT_SOURCE),
         initramfs.compile_program(initramfs.EXEC_SOURCE),
+        initramfs.compile_program(initramfs.PAUSE_SOURCE),
         initramfs.compile_program(initramfs.ZYGOTE_SOURCE),
     )
     kernels = [package for package in packages if package.name.startswith("linux-image-")]
@@ -309,7 +310,7 @@ async def _inputs(
         filesystem,
         _tool_version(filesystem),
         init,
-        {layout.EXEC_PROGRAM: exec_, layout.ZYGOTE_LIBRARY: zygote},
+        {layout.EXEC_PROGRAM: exec_, layout.PAUSE_PROGRAM: pause, layout.ZYGOTE_LIBRARY: zygote},
         agent or agent_files(_AGENT),
         _protobuf_site(),
     )

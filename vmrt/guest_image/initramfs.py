@@ -1,7 +1,7 @@
 """The guest's freestanding programs, and the initramfs: our /init, its plan, and the modules that the plan loads.
 
-See init.c for the plan's language, exec.c for the program that starts an exec's process, zygote.c for what keeps crun
-loaded.
+See init.c for the plan's language, exec.c for the program that starts an exec's process, pause.c for the one
+that waits, zygote.c for what keeps crun loaded.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ AGENT_ARGV: tuple[str, ...] = ("/usr/bin/python3", "-I", "-S", "-B", "-X", "utf8
 _ROOM = Path(__file__).parent
 INIT_SOURCE = _ROOM / "init.c"
 EXEC_SOURCE = _ROOM / "exec.c"
+PAUSE_SOURCE = _ROOM / "pause.c"
 ZYGOTE_SOURCE = _ROOM / "zygote.c"
 _CFLAGS = (
     *("-Os", "-std=gnu11", "-nostdlib", "-ffreestanding", "-fno-stack-protector"),
