@@ -40,7 +40,7 @@ class Machine:
         self.rehearsed: list[str] = []
         self.stage = asyncio.Event()  # rehearsals end
         self.stage.set()
-        self.bad_rehearsals = 0
+        self.refusals: list[int] = []  # the codes of the next ones
         self.guest_version = "1"
         self.available = 64 * GIB
         self.hung: set[str] = set()
@@ -61,9 +61,8 @@ class Machine:
                     self.rehearsed.append(vm_id)
                     await self.stage.wait()
                     payload = b""
-                    if self.bad_rehearsals:
-                        self.bad_rehearsals -= 1
-                        writer.write(ttrpc.failure(message.stream_id, status.INTERNAL, "left behind"))
+                    if self.refusals:
+                        writer.write(ttrpc.failure(message.stream_id, self.refusals.pop(), "left behind"))
                         continue
                 if call.method == "ConfigureSandbox":
                     request = pb.ConfigureSandboxRequest.FromString(call.payload)
@@ -163,12 +162,19 @@ async def test_a_vm_is_offered_after_its_rehearsal_only(machine: Machine) -> Non
 
 
 async def test_a_vm_whose_rehearsal_leaves_something_serves_nobody(machine: Machine) -> None:
-    machine.bad_rehearsals = 1
+    machine.refusals = [status.INTERNAL]
     async with machine.daemon() as table:
         await until(lambda: table.pool.waiting() == 1)
         bad, good = machine.rehearsed
         assert table.pool.vm_ids() == {good}
         assert bad not in machine.vms.vms
+
+
+async def test_a_guest_that_knows_no_rehearsal_is_taken_without(machine: Machine) -> None:
+    machine.refusals = [status.UNIMPLEMENTED]
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)
+        assert table.pool.vm_ids() == set(machine.rehearsed)
 
 
 async def test_without_a_pool_nothing_is_booted_ahead(machine: Machine) -> None:

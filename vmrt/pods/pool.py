@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 from vmrt.agent_client import AgentClient
 from vmrt.config import HypervisorConfig
-from vmrt.errors import VmrtError
+from vmrt.errors import UnimplementedError, VmrtError
 from vmrt.model import GuestImage, VmSpec
 from vmrt.pods import pod_vm, sizing
 
@@ -330,11 +330,7 @@ class Pool:
                 async with table.boots:
                     await pod_vm.make(table.config, table.hypervisor, table.network, spec, _untimed)
                 agent = await _connected(table, vm_id)
-                try:
-                    await agent.rehearse(timeout_s=_REHEARSAL_TIMEOUT_S)
-                except BaseException:
-                    await agent.close()
-                    raise
+                await _rehearse(agent, record)
                 ready = replace(record, ready=True)
                 table.store.put("pool", vm_id, ready)
             except BaseException:
@@ -365,6 +361,16 @@ class Pool:
             log.error("pool: VM %s: %s", record.vm_id, e)
         else:
             table.store.delete("pool", record.vm_id)
+
+
+async def _rehearse(agent: AgentClient, record: PoolRecord) -> None:
+    try:
+        await agent.rehearse(timeout_s=_REHEARSAL_TIMEOUT_S)
+    except UnimplementedError:
+        log.info("pool: guest image %s cannot rehearse, its first pods start slower", record.guest_version)
+    except BaseException:
+        await agent.close()
+        raise
 
 
 def _untimed(_phase: str) -> contextlib.AbstractContextManager[None]:
