@@ -126,6 +126,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     # mkfs.ext4 is the end-to-end tests' business.
     monkeypatch.setattr(scratch, "make", make)
     monkeypatch.setattr(pool, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(pool, "_SETTLE_S", 0.01)
     return Machine(tmp_path)
 
 
@@ -354,6 +355,22 @@ async def test_refilling_waits_while_a_pod_is_being_started(machine: Machine) ->
         network.gate.set()
         await start
         await until(lambda: table.pool.waiting() == 1)
+
+
+@pytest.mark.parametrize("limit_s", [1000.0, 0.05])
+async def test_refilling_leaves_a_pod_that_was_just_started_alone_but_not_for_ever(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, limit_s: float
+) -> None:
+    monkeypatch.setattr(pool, "_SETTLE_S", 1000.0)
+    monkeypatch.setattr(pool, "_QUIET_LIMIT_S", limit_s)
+    async with machine.daemon() as table:
+        await until(lambda: table.pool.waiting() == 1)  # nothing has been started yet
+        await run_sandbox(table, sandbox())
+        if limit_s < 1:
+            await until(lambda: table.pool.waiting() == 1)
+        else:
+            await asyncio.sleep(0.1)
+            assert len(machine.vms.vms) == 1
 
 
 async def test_a_daemon_that_stops_takes_the_waiting_vms_away(machine: Machine) -> None:

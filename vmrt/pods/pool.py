@@ -10,8 +10,8 @@ Rules:
   be enlarged to that; a pod that needs still more boots cold;
 - a claim neither waits nor fails: it is a look into memory. Recovery tells a claimed VM from a waiting one by the
   sandbox's record, which is written before the pool's is deleted;
-- refilling is background work: one VM at a time, at low priority, when no pod is being started and the host has memory
-  to spare;
+- refilling is background work: one VM at a time, at low priority, when no pod is being started or was a moment ago, and
+  the host has memory to spare;
 - one that no longer answers, found by a look at each every minute, is replaced: a pod would wait for it in vain;
 - VMs that wait survive the daemon's death and are adopted; a daemon that is told to stop takes them away, since nobody
   would use them.
@@ -45,6 +45,8 @@ _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 # Look again even when nobody calls: a new guest image makes no noise.
 _LOOK_AGAIN_S = 60.0
+# A pod's containers are made right after it, and a booting VM would take their processor.
+_SETTLE_S = 3.0
 # An unbroken stream of starts must not keep the pool empty for ever.
 _QUIET_LIMIT_S = 30.0
 _ADOPT_TIMEOUT_S = 5.0
@@ -129,6 +131,7 @@ class Pool:
         self._starts = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self._settled_at = 0.0
         self._task: asyncio.Task[None] | None = None
 
     def vm_ids(self) -> set[str]:
@@ -172,6 +175,7 @@ class Pool:
             self._starts -= 1
             if self._starts == 0:
                 self._quiet.set()
+                self._settled_at = time.monotonic() + _SETTLE_S
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -248,7 +252,7 @@ class Pool:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_QUIET_LIMIT_S):
-                    await self._quiet.wait()
+                    await self._settled()
             try:
                 kinds = self._kinds()
                 await self._drop_outdated(kinds)
@@ -270,6 +274,15 @@ class Pool:
                 log.warning("pool: no VM could be booted ahead, next try in %g s: %s", pause_s, e)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _settled(self) -> None:
+        """Wait until no pod is being started, nor has been a moment ago."""
+        while True:
+            await self._quiet.wait()
+            left_s = self._settled_at - time.monotonic()
+            if left_s <= 0 and self._quiet.is_set():
+                return
+            await asyncio.sleep(max(0.0, left_s))
 
     def _missing(self, kinds: list[Kind]) -> Kind | None:
         """Return the kind that most VMs are missing of."""
