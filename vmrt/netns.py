@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import ctypes
 import enum
 import errno
 import fcntl
@@ -36,6 +35,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from vmrt import interfaces
 from vmrt.errors import NetworkError
 from vmrt.interfaces import InterfaceState
+from vmrt.libc import check, libc
 
 T = TypeVar("T")
 
@@ -56,8 +56,6 @@ ETH_P_ALL = 3
 INGRESS = 0xFFFF0000
 IFNAMSIZ = 15
 BRIDGE = "vmrt{}"  # inside a pod's namespace, where tc cannot redirect; the interface's index
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Joint(enum.Enum):
@@ -158,9 +156,7 @@ def remove(path: Path) -> None:
 
 
 def _call(name: str, *args: Any) -> None:
-    if getattr(_libc, name)(*args) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{name}: {os.strerror(number)}")
+    check(getattr(libc(), name)(*args), name)
 
 
 @contextlib.contextmanager
@@ -172,7 +168,8 @@ def _translated(phase: str, resource: str) -> Iterator[None]:
         text = e.args[1] if len(e.args) > 1 else str(e)
         raise NetworkError(f"the kernel refused: {text}", phase=phase, resource=resource) from e
     except OSError as e:
-        raise NetworkError(e.strerror or str(e), phase=phase, resource=resource) from e
+        text = e.strerror or str(e)
+        raise NetworkError(f"{e.filename}: {text}" if e.filename else text, phase=phase, resource=resource) from e
 
 
 # --- taps -------------------------------------------------------------------------------------------------------------

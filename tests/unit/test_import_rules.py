@@ -19,7 +19,7 @@ LINE_LIMIT = 500
 
 LEAVES = frozenset(
     {
-        *("vmrt.errors", "vmrt.model", "vmrt.config", "vmrt.spawn", "vmrt.number_list"),
+        *("vmrt.errors", "vmrt.model", "vmrt.config", "vmrt.spawn", "vmrt.number_list", "vmrt.libc"),
         *("vmrt.agent.layout", "vmrt.agent.agent_pb2"),
     }
 )
@@ -46,6 +46,7 @@ RULES = {
     "vmrt.model": rule("vmrt.errors"),
     "vmrt.config": rule("vmrt.errors", "vmrt.model", outside=("msgspec",)),
     "vmrt.number_list": rule(),
+    "vmrt.libc": rule(),
     "vmrt.realtime": rule(),
     "vmrt.spawn": rule("vmrt.errors", "vmrt.realtime"),
     "vmrt.store": rule("vmrt.errors", "vmrt.model", outside=("msgspec",)),

@@ -7,11 +7,12 @@ name (k8s.io/kubernetes, pkg/kubelet/kubelet_getters.go).
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import re
 import struct
 from dataclasses import dataclass
+
+from vmrt.libc import check, libc
 
 _SYS_OPENAT2 = 437
 # openat2(2)
@@ -63,13 +64,4 @@ def open_beneath(base: int, path: str, flags: int) -> int:
     """Open `path` in the directory `base`; what would lead out of it fails with EXDEV. Raises `OSError`."""
     how = struct.pack("QQQ", flags | os.O_CLOEXEC, 0, _RESOLVE_BENEATH | _RESOLVE_NO_MAGICLINKS)
     size = ctypes.c_size_t(len(how))
-    fd: int = _libc().syscall(ctypes.c_long(_SYS_OPENAT2), base, os.fsencode(path), how, size)
-    if fd < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
-    return fd
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
+    return check(libc().syscall(ctypes.c_long(_SYS_OPENAT2), base, os.fsencode(path), how, size), path)

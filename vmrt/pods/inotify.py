@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import functools
 import os
 import struct
 from collections.abc import Callable
+
+from vmrt.libc import check, libc
 
 _EVENT = struct.Struct("iIII")
 _IN_MOVED_FROM, _IN_MOVED_TO, _IN_CREATE, _IN_DELETE = 0x40, 0x80, 0x100, 0x200
@@ -34,9 +35,9 @@ class Inotify:
         It holds no file system busy: when that is unmounted, the watch ends.
         """
         if self._fd < 0:
-            self._fd = _check(_libc().inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify")
+            self._fd = check(libc().inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify")
             asyncio.get_running_loop().add_reader(self._fd, self._read)
-        number = _check(_libc().inotify_add_watch(self._fd, os.fsencode(path), ctypes.c_uint32(_NAMES)), path)
+        number = check(libc().inotify_add_watch(self._fd, os.fsencode(path), ctypes.c_uint32(_NAMES)), path)
         self._watches.add(number)
         return number
 
@@ -44,7 +45,7 @@ class Inotify:
         """End a watch; one that has ended is no error."""
         if number in self._watches:
             self._watches.discard(number)
-            _libc().inotify_rm_watch(self._fd, number)
+            libc().inotify_rm_watch(self._fd, number)
 
     def close(self) -> None:
         """End all watches."""
@@ -77,15 +78,3 @@ def parse(data: bytes) -> list[tuple[int, int]]:
         events.append((number, mask))
         at += _EVENT.size + length
     return events
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _check(result: int, what: str) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), what)
-    return result

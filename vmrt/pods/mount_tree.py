@@ -7,11 +7,12 @@ no path is looked up twice, no container meets a mount that is not yet read-only
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+
+from vmrt.libc import check, libc
 
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
 _OPEN_TREE_CLONE = 1
@@ -25,22 +26,10 @@ _IDMAP = 0x100000
 PRIVATE, SLAVE, SHARED = 1 << 18, 1 << 19, 1 << 20
 
 
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _check(result: int, what: str) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), what)
-    return result
-
-
 def clone(fd: int) -> int:
     """Return a descriptor of a detached copy of what `fd` (O_PATH will do) names, with all mounts below it."""
     flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH | _AT_RECURSIVE)
-    return _check(_libc().syscall(ctypes.c_long(_SYS_OPEN_TREE), fd, b"", flags), "open_tree")
+    return check(libc().syscall(ctypes.c_long(_SYS_OPEN_TREE), fd, b"", flags), "open_tree")
 
 
 def change(fd: int, *, attributes: int = 0, propagation: int = 0, recursive: bool = True) -> None:
@@ -48,7 +37,7 @@ def change(fd: int, *, attributes: int = 0, propagation: int = 0, recursive: boo
     flags = ctypes.c_uint(_AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0))
     wanted = struct.pack("QQQQ", attributes, 0, propagation, 0)
     size = ctypes.c_size_t(len(wanted))
-    _check(_libc().syscall(ctypes.c_long(_SYS_MOUNT_SETATTR), fd, b"", flags, wanted, size), "mount_setattr")
+    check(libc().syscall(ctypes.c_long(_SYS_MOUNT_SETATTR), fd, b"", flags, wanted, size), "mount_setattr")
 
 
 def idmap(fd: int, userns_fd: int) -> None:
@@ -59,18 +48,18 @@ def idmap(fd: int, userns_fd: int) -> None:
     wanted = struct.pack("QQQQ", _IDMAP, 0, 0, userns_fd)
     flags = ctypes.c_uint(_AT_EMPTY_PATH | _AT_RECURSIVE)
     size = ctypes.c_size_t(len(wanted))
-    _check(_libc().syscall(ctypes.c_long(_SYS_MOUNT_SETATTR), fd, b"", flags, wanted, size), "mount_setattr")
+    check(libc().syscall(ctypes.c_long(_SYS_MOUNT_SETATTR), fd, b"", flags, wanted, size), "mount_setattr")
 
 
 def attach(tree_fd: int, target_fd: int) -> None:
     """Mount a detached tree on what `target_fd` names; the tree's own descriptor then names the mounted root."""
     flags = ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH)
-    _check(_libc().syscall(ctypes.c_long(_SYS_MOVE_MOUNT), tree_fd, b"", target_fd, b"", flags), "move_mount")
+    check(libc().syscall(ctypes.c_long(_SYS_MOVE_MOUNT), tree_fd, b"", target_fd, b"", flags), "move_mount")
 
 
 def detach(path: str) -> None:
     """Unmount lazily, with all below: busy or not, the name is free at once (umount2(2))."""
-    _check(_libc().umount2(os.fsencode(path), _MNT_DETACH | _UMOUNT_NOFOLLOW), path)
+    check(libc().umount2(os.fsencode(path), _MNT_DETACH | _UMOUNT_NOFOLLOW), path)
 
 
 @dataclass(frozen=True, slots=True)

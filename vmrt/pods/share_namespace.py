@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import ctypes
 import errno
 import os
 import threading
@@ -21,13 +20,13 @@ from pathlib import Path
 
 from vmrt import spawn
 from vmrt.errors import VmGoneError, VmrtError
+from vmrt.libc import check, libc
 from vmrt.pods import mount_tree
 from vmrt.spawn import ProcessId
 
 # unshare(2), setns(2)
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
 _PHASE = "volumes"
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class ShareNamespace:
@@ -90,10 +89,8 @@ class ShareNamespace:
         def body() -> None:
             try:
                 # A mount namespace has a root and a working directory: who enters one must not share them.
-                for result in (_libc.unshare(_CLONE_FS), _libc.setns(self._namespace, _CLONE_NEWNS)):
-                    if result != 0:
-                        number = ctypes.get_errno()
-                        raise OSError(number, os.strerror(number), "setns")
+                check(libc().unshare(_CLONE_FS), "unshare")
+                check(libc().setns(self._namespace, _CLONE_NEWNS), "setns")
                 work()
                 outcome.set_result(None)
             except BaseException as e:
