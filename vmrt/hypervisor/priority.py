@@ -2,6 +2,9 @@
 
 Linux keeps a nice value per thread, and setpriority(2) with PRIO_PROCESS sets one thread's (its NOTES): a process is
 slowed by going through its threads, which hand the value on to those that they make.
+
+Where the kernel schedules by autogroups (sched(7)), a nice value counts within a session only, and a session is weighed
+against the others by a value of its own. QEMU has a session to itself.
 """
 
 from __future__ import annotations
@@ -50,3 +53,13 @@ def set_nice(process: ProcessId, nice: int) -> None:
                     done.add(thread)
                     with contextlib.suppress(ProcessLookupError):
                         os.setpriority(os.PRIO_PROCESS, thread, nice)
+    _set_autogroup(process.pid, nice)
+
+
+def _set_autogroup(pid: int, nice: int) -> None:
+    """Weigh a process's session, unless it is ours, or the kernel has no autogroups."""
+    group = Path(f"/proc/{pid}/autogroup")
+    with contextlib.suppress(OSError):
+        # "/autogroup-12 nice 0"
+        if group.read_text().split()[:1] != Path("/proc/self/autogroup").read_text().split()[:1]:
+            group.write_text(f"{nice}\n")
