@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 # More CPUs than any Linux can have (CONFIG_NR_CPUS): a list is bounded before a range of it is spelt out.
 LIMIT = 8192
@@ -24,6 +25,14 @@ def parse(text: str) -> frozenset[int]:
             raise ValueError(f"{high} is more than any kernel has")
         found.update(range(low, high + 1))
     return frozenset(found)
+
+
+def read(file: Path) -> frozenset[int]:
+    """Return the numbers in one of sysfs's files; {0} where there is none: a kernel without NUMA lists no nodes."""
+    try:
+        return parse(file.read_text().strip())
+    except (OSError, ValueError):
+        return frozenset((0,))
 
 
 def spelt(numbers: Iterable[int]) -> str:

@@ -11,6 +11,7 @@ import pytest
 from pods_world import CONTAINER, SANDBOX, Fault, World
 from test_pods_service import run
 
+from vmrt import number_list
 from vmrt.errors import InvalidArgumentError, VmError
 from vmrt.model import Confinement, ContainerSpec, LinuxResources
 from vmrt.pods import cpusets
@@ -64,8 +65,8 @@ def test_what_the_host_does_not_have_is_refused_by_name() -> None:
 def test_the_hosts_own_word(tmp_path: Path) -> None:
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "online").write_text("0-2,5\n")
-    assert cpusets._online(tmp_path / "cpu") == {0, 1, 2, 5}
-    assert cpusets._online(tmp_path / "node") == {0}  # a kernel without NUMA
+    assert number_list.read(tmp_path / "cpu" / "online") == {0, 1, 2, 5}
+    assert number_list.read(tmp_path / "node" / "online") == {0}  # a kernel without NUMA
 
 
 def place(world: World) -> Confinement:

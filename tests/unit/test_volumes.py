@@ -306,7 +306,7 @@ def test_removal_deletes_mount_points_and_never_what_is_in_them(tmp_path: Path) 
 
 
 def test_mount_points_are_found_whatever_their_names() -> None:
-    assert "/proc" in mount_tree.below(Path("/proc"))
+    assert "/proc" in [entry.place for entry in mount_tree.entries(Path("/proc"))]
     assert mount_tree._unescape("/a\\040b\\011\\012c\\134d") == "/a b\t\nc\\d"
 
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from vmrt.agent.process import Child, Reaper
 
-# linux/random.h
 # An emulated guest on a busy host takes its time.
 _NIC_PATIENCE_S = 30.0
+# linux/random.h
 _RNDADDENTROPY = 0x40085203
 _RNDRESEEDCRNG = 0x5207
 _SYSCTL_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:@")
@@ -72,8 +72,8 @@ class Sandbox:
     def prepare(self) -> None:
         """Do what is the same for every pod: while nobody waits, or at the beginning of `configure`. Repeatable.
 
-        Half of configure's time under emulation: the fork of the PID namespace's holder, the scratch disk's mount, and
-        the loopback with which the netlink code and the kernel's side of it run for the first time.
+        Half of configure's time under emulation: the PID namespace's holder, the mounts of the share and the scratch
+        disk, and the loopback with which the netlink code and the kernel's side of it run for the first time.
         """
         with self._preparing:
             if not self._loopback:
@@ -90,9 +90,7 @@ class Sandbox:
             if not self.shared:
                 # A VM without a share has no device of that name.
                 with contextlib.suppress(OSError):
-                    _mkdir(layout.SHARE)
-                    kernel.mount("share", layout.SHARE, "virtiofs")
-                    self.shared = True
+                    self._mount_share()
             if not self._scratch and disks.find(layout.SCRATCH_SERIAL):
                 disks.mount_scratch(layout.SCRATCH_SERIAL, time.monotonic())
                 self._scratch = layout.SCRATCH_SERIAL
@@ -129,11 +127,9 @@ class Sandbox:
         if request.scratch_serial and request.scratch_serial != self._scratch:
             disks.mount_scratch(request.scratch_serial, deadline)
         with _phase("mount the virtiofs share"):
-            if request.share and not self.shared:
-                _mkdir(layout.SHARE)
-                kernel.mount("share", layout.SHARE, "virtiofs")
-                self.shared = True
             if request.share:
+                if not self.shared:
+                    self._mount_share()
                 kernel.mount("", layout.SHARE, "", kernel.MS_SHARED)
         with namespaces.entered():
             _socket.sethostname(request.hostname or "localhost")
@@ -147,6 +143,11 @@ class Sandbox:
             self._drop_pid_namespace()
         self.configured = True
         console.log(f"sandbox {self._asked_for} configured")
+
+    def _mount_share(self) -> None:
+        _mkdir(layout.SHARE)
+        kernel.mount("share", layout.SHARE, "virtiofs")
+        self.shared = True
 
     def _make_namespaces(self, mapping: pb.UserNamespace) -> None:
         import signal  # noqa: F401 - for the fork, see _sleep_as_init

@@ -66,14 +66,7 @@ def confine(vm_id: str, cgroups: Sequence[Path], pids: Sequence[int], wanted: Co
 
 def host_nodes() -> frozenset[int]:
     """Return the host's memory nodes; a kernel without NUMA has node 0."""
-    return _numbers(_ONLINE_NODES)
-
-
-def _numbers(file: Path) -> frozenset[int]:
-    try:
-        return number_list.parse(file.read_text().strip())
-    except (OSError, ValueError):
-        return frozenset((0,))
+    return number_list.read(_ONLINE_NODES)
 
 
 def _write(directory: Path, wanted: Confinement) -> None:
@@ -88,7 +81,7 @@ def _write(directory: Path, wanted: Confinement) -> None:
                 text = (directory.parent / file.name).read_text()
             elif file.read_text().strip():
                 # Not "nothing", which v2 refuses of a cgroup with processes: all that can be, within the parent's.
-                text = number_list.spelt(_numbers(_POSSIBLE[name]))
+                text = number_list.spelt(number_list.read(_POSSIBLE[name]))
             else:
                 continue
             if name == "mems" and not v2:

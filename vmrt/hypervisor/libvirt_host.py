@@ -32,9 +32,9 @@ import libvirt
 
 T = TypeVar("T")
 
-# One thread a boot or attach at work: libvirt serialises per domain and parallelises between them.
 log = logging.getLogger(__name__)
 
+# One thread a boot or attach at work: libvirt serialises per domain and parallelises between them.
 _THREADS = 8
 _KILL_TIMEOUT_S = 10.0
 _LET_GO_TIMEOUT_S = 10.0

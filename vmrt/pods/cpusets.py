@@ -35,14 +35,7 @@ class Host:
     @classmethod
     def read(cls, system: Path = _SYSTEM) -> Host:
         """Ask the kernel (Documentation/ABI: sysfs-devices-system-cpu, sysfs-devices-node)."""
-        return cls(_online(system / "cpu"), _online(system / "node"))
-
-
-def _online(directory: Path) -> frozenset[int]:
-    try:
-        return number_list.parse((directory / "online").read_text().strip())
-    except (OSError, ValueError):
-        return frozenset((0,))  # a kernel without NUMA has no list of nodes
+        return cls(number_list.read(system / "cpu/online"), number_list.read(system / "node/online"))
 
 
 def require_present(limits: LinuxResources, path: str = "linux", host: Host | None = None) -> None:

@@ -23,7 +23,7 @@ _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 RDONLY, NOSUID, NODEV = 0x1, 0x2, 0x4
 _IDMAP = 0x100000
 # mount(2), as mount_setattr's propagation
-PRIVATE, SLAVE, SHARED = 1 << 18, 1 << 19, 1 << 20
+PRIVATE, SLAVE = 1 << 18, 1 << 19
 
 
 def clone(fd: int) -> int:
@@ -72,6 +72,10 @@ class Entry:
     place: str
     fstype: str
 
+    def within(self, place: str) -> bool:
+        """Say whether it is mounted at `place` or below it."""
+        return self.place == place or self.place.startswith(place.rstrip("/") + "/")
+
 
 def parse(line: str) -> Entry:
     """Return the mount that a line of /proc/PID/mountinfo tells of (proc_pid_mountinfo(5))."""
@@ -97,13 +101,7 @@ def entry_of(fd: int) -> Entry | None:
 
 def entries(path: Path) -> list[Entry]:
     """Return what is mounted at and below `path` in this namespace, oldest first; stacked ones appear repeatedly."""
-    prefix = str(path).rstrip("/") + "/"
-    return [entry for entry in mounts() if entry.place == str(path) or entry.place.startswith(prefix)]
-
-
-def below(path: Path) -> list[str]:
-    """Return the mount points at and below `path` in this namespace, oldest first; stacked ones appear repeatedly."""
-    return [entry.place for entry in entries(path)]
+    return [entry for entry in mounts() if entry.within(str(path))]
 
 
 def _unescape(field: str) -> str:

@@ -74,14 +74,12 @@ class ShareNamespace:
 
     def mounts_at(self, name: str) -> int:
         """Return how many mounts are on the entry `name` and below it. Raises `VmGoneError`."""
-        place = f"/{name}"
         try:
             fd = os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc)
             with os.fdopen(fd, encoding="utf-8", errors="surrogateescape") as lines:
-                found = [mount_tree.parse(line).place for line in lines]
+                return sum(mount_tree.parse(line).within(f"/{name}") for line in lines)
         except OSError as e:
             raise _gone() from e
-        return sum(other == place or other.startswith(f"{place}/") for other in found)
 
     def _inside(self, work: Callable[[], None]) -> None:
         outcome: concurrent.futures.Future[None] = concurrent.futures.Future()

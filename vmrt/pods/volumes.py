@@ -288,12 +288,12 @@ def remove(root: Path, vm_id: str) -> None:
     share = directory(root, vm_id)
     with _lock(vm_id):
         with contextlib.suppress(FileNotFoundError):
-            for point in list((share / "files").iterdir()):
+            for point in list(served(root, vm_id).iterdir()):
                 _remove_point(point)
         try:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(share / "users")
-            for path in (share / "files", share):
+            for path in (served(root, vm_id), share):
                 with contextlib.suppress(FileNotFoundError):
                     path.rmdir()
         except OSError as e:
