@@ -12,6 +12,8 @@ cd "$(dirname "$0")/.."
 
 readonly ALL_STEPS="packages venv stubs user vsock guest"
 readonly ASKED_STEPS="tuned"                                     # only when named
+readonly RELEASES="bookworm trixie"
+readonly RELEASE_NAMES="Debian 12 (bookworm) and 13 (trixie)"
 readonly LOG=.cache/setup.log
 readonly VENV=.venv
 readonly GUEST=.cache/guest
@@ -79,13 +81,13 @@ check_machine() {
     fi
     if [ "${VMRT_ANY_DISTRIBUTION:-}" != 1 ]; then
         case " $id $id_like " in
-        *" debian "*) [ "$version" = bookworm ] || die "this is $id $version: set-up knows Debian 12 (bookworm);" \
-            "use it (Vagrantfile), or try with VMRT_ANY_DISTRIBUTION=1" ;;
-        *) die "this is ${id:-an unknown distribution}: set-up knows Debian 12; use it (Vagrantfile)," \
+        *" debian "*) [[ " $RELEASES " = *" $version "* ]] || die "this is $id $version: set-up knows $RELEASE_NAMES;" \
+            "use one of them (Vagrantfile), or try with VMRT_ANY_DISTRIBUTION=1" ;;
+        *) die "this is ${id:-an unknown distribution}: set-up knows $RELEASE_NAMES; use one of them (Vagrantfile)," \
             "or install by hand (docs/install.md)" ;;
         esac
     fi
-    command -v apt-get >/dev/null || die "there is no apt-get: set-up needs Debian 12; install by hand (docs/install.md)"
+    command -v apt-get >/dev/null || die "there is no apt-get: set-up needs $RELEASE_NAMES; install by hand (docs/install.md)"
     [ -w . ] || die "$PWD is not writable: run it again as its owner, as root or with sudo"
     if [ ! -e "$GUEST" ]; then
         mib=$(df -Pm . | awk 'NR == 2 { print $4 }')
@@ -141,9 +143,17 @@ install_packages() {
     fi
 }
 
+codename() { sed -n 's/^VERSION_CODENAME=//p' /etc/os-release 2>/dev/null | tr -d '"'; }
+
+# The names in setup/packages.txt that are for the release CODENAME.
+packages_of() {
+    awk -v release="$1" '{ sub(/#.*/, "") } $1 == "" { next }
+        { name = $1; $1 = ""; gsub(/[][]/, " "); $0 = $0 } { for (i = 1; i <= NF; i++) if ($i == "!" release) next; print name }' setup/packages.txt
+}
+
 step_packages() {
     local packages
-    mapfile -t packages < <(sed 's/#.*//' setup/packages.txt | tr -s ' ' '\n' | sed '/^$/d')
+    mapfile -t packages < <(packages_of "$(codename)")
     install_packages "${packages[@]}"
     ok "Debian packages (${#packages[@]})"
 }
@@ -156,7 +166,7 @@ step_venv() {
     local advice="check the network and pip's configuration, then run it again"
     [ -x "$python" ] || die "$python is missing: run make setup, which installs it"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        die "$python is $("$python" -V): vmrt needs Python 3.11 or newer (Debian 12 has it)"
+        die "$python is $("$python" -V): vmrt needs Python 3.11 or newer ($RELEASE_NAMES have it)"
     key=$({ echo "$PWD"; readlink -f "$python"; cat pyproject.toml setup/constraints.txt; } | sha256sum)
     if ! stamp_matches "$stamp" "$key" || ! "$VENV/bin/python" -c 'import vmrt, grpc, libvirt, pytest' 2>>"$LOG"; then
         if [ "$(readlink -f "$VENV/bin/python")" != "$(readlink -f "$python")" ] ||
