@@ -96,7 +96,7 @@ def test_a_pods_cgroup_of_v2(daemon: Daemon, tmp_path: Path) -> None:
     source = cri.Mount(host_path=str(CHECKOUT / "vmrt"), container_path="/src/vmrt", readonly=True)
     container = pod.run("sleep", "123456", linux=linux, mounts=[source])
     # The source as the guest sees it: by way of the container's own process.
-    script = 'exec nsenter -t 1 -m /usr/bin/python3.11 -B -c "$0" "/proc/$(pidof sleep)/root/src"'
+    script = 'exec nsenter -t 1 -m /usr/bin/python3 -B -c "$0" "/proc/$(pidof sleep)/root/src"'
     answer = pod.execute(container, "sh", "-c", script, PROGRAM, timeout=120)
     assert (answer.exit_code, answer.stderr.decode()) == (0, ""), answer.stderr.decode()
     told = json.loads(answer.stdout)

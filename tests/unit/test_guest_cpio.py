@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import lzma
 import shutil
 import stat
 import subprocess
@@ -67,9 +68,9 @@ def test_cpio_itself_lists_it() -> None:
 
 
 def test_the_initramfs_loads_in_the_order_given(tmp_path: Path) -> None:
-    files = [tmp_path / "z.ko", tmp_path / "a.ko"]
-    for path in files:
-        path.write_bytes(path.name.encode())
+    files = [tmp_path / "z.ko", tmp_path / "a.ko.xz"]
+    files[0].write_bytes(b"z.ko")
+    files[1].write_bytes(lzma.compress(b"a.ko"))
     back = {name: data for name, _, data in members(initramfs.build(b"INIT", files, "erofs", ("/bin/x", "-y")))}
     assert back["plan"] == b"load /modules/z.ko\nload /modules/a.ko\nroot vmrt-root erofs\nexec /bin/x -y\n"
     assert back["modules/a.ko"] == b"a.ko"

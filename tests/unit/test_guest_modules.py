@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
+from pathlib import Path
+
 import pytest
 
 from vmrt.errors import VmrtError
@@ -47,6 +51,31 @@ def test_absent_modules_are_named() -> None:
 
 def test_names() -> None:
     assert modules.module_name("kernel/drivers/char/hw_random/virtio-rng.ko.zst") == "virtio_rng"
+    assert modules.uncompressed_name("kernel/net/x.ko.xz") == "kernel/net/x.ko"
+    assert modules.uncompressed_name("x.ko") == "x.ko"
+
+
+@pytest.mark.parametrize("place", ["lib/modules", "usr/lib/modules"])
+def test_where_a_kernel_package_has_its_modules(tmp_path: Path, place: str) -> None:
+    (tmp_path / "usr/lib").mkdir(parents=True)
+    (tmp_path / place).mkdir(parents=True)
+    assert modules.directory(tmp_path) == tmp_path / place
+
+
+def test_modules_are_read_decompressed(tmp_path: Path) -> None:
+    module = b"\x7fELF and so on"
+    files = {"x.ko": module, "x.ko.xz": lzma.compress(module), "x.ko.gz": gzip.compress(module)}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        assert modules.read(tmp_path / name) == module
+
+
+@pytest.mark.parametrize(("name", "data"), [("x.ko.xz", b"no xz"), ("x.ko.gz", b"no gzip"), ("x.ko.br", b"what")])
+def test_what_cannot_be_decompressed_is_named(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(VmrtError, match="compress") as caught:
+        modules.read(tmp_path / name)
+    assert caught.value.resource == name
 
 
 def test_what_boots_early_is_optional_too() -> None:

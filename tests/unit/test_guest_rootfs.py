@@ -14,8 +14,10 @@ from vmrt.agent import layout
 from vmrt.errors import VmrtError
 from vmrt.guest_image import bindings, rootfs
 from vmrt.guest_image.builder import agent_files
+from vmrt.guest_image.release import choose
 
 AGENT = Path(vmrt.agent.__file__).parent
+BOOKWORM, TRIXIE = choose("bookworm"), choose("trixie")
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,10 @@ def test_merged_usr(path: str, wanted: str) -> None:
     ],
 )
 def test_what_of_the_standard_library_goes_in(path: str, wanted: bool) -> None:
-    assert rootfs._wanted_python(path) is wanted
+    assert rootfs._wanted_python(path, BOOKWORM) is wanted
+    later = path.replace("3.11", "3.13").replace("311", "313")
+    assert rootfs._wanted_python(later, TRIXIE) is wanted
+    assert not rootfs._wanted_python(path, TRIXIE)
 
 
 def package(directory: Path, files: dict[str, bytes]) -> Path:
@@ -61,17 +66,17 @@ def test_a_missing_program_is_named(tmp_path: Path) -> None:
     parts = [package(tmp_path / "p", {"bin/busybox": b"#!", "usr/bin/crun": b"#!"})]
     (tmp_path / "tree").mkdir()
     with pytest.raises(VmrtError, match="no package holds usr/bin/kmod"):
-        rootfs.assemble_base(tmp_path / "tree", parts, tmp_path)
+        rootfs.assemble_base(tmp_path / "tree", parts, tmp_path, BOOKWORM)
 
 
 def test_a_missing_library_is_named_with_who_needs_it(tmp_path: Path) -> None:
     program = Path(sys.executable).resolve().read_bytes()
-    names = ("usr/bin/busybox", "usr/bin/crun", "usr/bin/kmod", "usr/bin/python3.11")
+    names = ("usr/bin/busybox", "usr/bin/crun", "usr/bin/kmod", "usr/bin/python3.13")
     parts = [package(tmp_path / "p", dict.fromkeys(names, program))]
     (tmp_path / "site/google/protobuf").mkdir(parents=True)
     (tmp_path / "tree").mkdir()
     with pytest.raises(VmrtError, match=r"needs lib\w+\.so\.\d+, which no package holds"):
-        rootfs.assemble_base(tmp_path / "tree", parts, tmp_path / "site")
+        rootfs.assemble_base(tmp_path / "tree", parts, tmp_path / "site", TRIXIE)
 
 
 def test_modes_do_not_depend_on_the_umask(tmp_path: Path) -> None:
@@ -90,9 +95,13 @@ def test_the_agent_is_laid_over_and_the_version_can_be_read(tmp_path: Path) -> N
     (tmp_path / "usr/lib").mkdir(parents=True)
     for version in ("old", "abc123"):
         rootfs.add_agent(
-            tmp_path, {"vmrt/agent/__init__.py": version.encode()}, {layout.EXEC_PROGRAM: version.encode()}, version
+            tmp_path,
+            TRIXIE.library,
+            {"vmrt/agent/__init__.py": version.encode()},
+            {layout.EXEC_PROGRAM: version.encode()},
+            version,
         )
-    assert (tmp_path / "usr/lib/python3.11/vmrt/agent/__init__.py").read_text() == "abc123"
+    assert (tmp_path / "usr/lib/python3.13/vmrt/agent/__init__.py").read_text() == "abc123"
     assert (tmp_path / "etc/vmrt-guest-version").read_text() == "abc123\n"
     program = tmp_path / "usr/lib/vmrt-exec"
     assert (program.read_bytes(), program.stat().st_mode & 0o777) == (b"abc123", 0o755)

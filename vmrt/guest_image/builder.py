@@ -24,6 +24,7 @@ from vmrt.agent import layout
 from vmrt.errors import NotFoundError, UnsupportedError, VmrtError
 from vmrt.guest_image import bindings, initramfs, kernel, manifest, modules, rootfs, tuned
 from vmrt.guest_image.packages import Package, PackageCache, Progress, staged_directory
+from vmrt.guest_image.release import Release, here
 from vmrt.model import GuestImage
 
 PHASE = "guest image"
@@ -72,6 +73,7 @@ class _Inputs:
     packages: tuple[Package, ...]
     kernel_package: Package
     recipe: tuned.Recipe | None
+    release: Release
     filesystem: str
     tool: str
     init: bytes
@@ -89,6 +91,7 @@ class _Inputs:
         return {
             "packages": [asdict(package) for package in self.needed()],
             "kernel": "distribution" if self.recipe is None else "tuned",
+            "release": self.release.codename,
             "builder": _digest_files(_ROOM, sorted(_ROOM.glob("*.py"))),
             "protobuf": _digest_files(site, sorted(p for p in site.rglob("*") if p.suffix in (".py", ".so"))),
         }
@@ -240,12 +243,13 @@ class _Job:
                 work,
                 parts,
                 self.inputs.protobuf,
+                self.inputs.release,
             )
             if isinstance(chosen.source, Path):
                 await asyncio.to_thread(rootfs.add_modules, work, chosen.source, chosen.release, chosen.dep)
                 await modules.depmod(work, chosen.release)
             self.say("compiling the standard library")
-            await rootfs.compile_bytecode(work, rootfs.PYTHON)
+            await rootfs.compile_bytecode(work, self.inputs.release.library)
         return target
 
     def _extract_kernel(self, package: Path, chosen: _Kernel, elf: Path, archive: Path) -> None:
@@ -253,19 +257,19 @@ class _Job:
         elf.write_bytes(kernel.vmlinux(bzimage.read_bytes(), name=bzimage.name))
         filesystem = self.inputs.filesystem
         early = modules.EARLY if filesystem == "erofs" else (filesystem, *modules.EARLY)
-        directory = package / "lib/modules" / chosen.release
+        directory = modules.directory(package) / chosen.release
         files = [directory / path for path in modules.in_load_order(early, chosen.dep)]
         archive.write_bytes(initramfs.build(self.inputs.init, files, filesystem))
 
     async def _write_root(self, base: Path, version: str, image: Path) -> None:
         self.say(f"writing the root image ({self.inputs.filesystem})")
-        tree = image.with_name("tree")
+        tree, library = image.with_name("tree"), self.inputs.release.library
         try:
             await asyncio.to_thread(shutil.copytree, base, tree, symlinks=True)
-            await asyncio.to_thread(rootfs.add_agent, tree, self.inputs.agent, self.inputs.programs, version)
+            await asyncio.to_thread(rootfs.add_agent, tree, library, self.inputs.agent, self.inputs.programs, version)
             if self.inputs.recipe is not None:
                 await asyncio.to_thread(initramfs.add_to_root, tree, self.inputs.init)
-            await rootfs.compile_bytecode(tree, rootfs.PYTHON / "vmrt")
+            await rootfs.compile_bytecode(tree, library / "vmrt")
             await rootfs.check_imports(tree, [name for path in self.inputs.agent if (name := _importable(path))])
             await rootfs.make_image(tree, image, self.inputs.filesystem)
         finally:
@@ -291,9 +295,9 @@ class _Job:
 async def _inputs(
     store: PackageCache, progress: Progress, agent: Mapping[str, bytes] | None, kernel_choice: str
 ) -> _Inputs:
-    filesystem = rootfs.choose_filesystem()
+    filesystem, release = rootfs.choose_filesystem(), here()
     packages, init, exec_, pause, zygote = await asyncio.gather(
-        store.resolve(KERNEL_PACKAGE, rootfs.PACKAGES, progress),
+        store.resolve(KERNEL_PACKAGE, rootfs.package_names(release), progress),
         initramfs.compile_program(initramfs.INIT_SOURCE),
         initramfs.compile_program(initramfs.EXEC_SOURCE),
         initramfs.compile_program(initramfs.PAUSE_SOURCE),
@@ -307,6 +311,7 @@ async def _inputs(
         packages,
         kernels[0],
         await _recipe(store, progress, kernel_choice),
+        release,
         filesystem,
         _tool_version(filesystem),
         init,
@@ -363,7 +368,7 @@ def _tool_version(filesystem: str) -> str:
 
 
 def _kernel_release(unpacked: Path) -> str:
-    releases = [path.name for path in (unpacked / "lib/modules").iterdir()]
+    releases = [path.name for path in modules.directory(unpacked).iterdir()]
     if len(releases) != 1:
         raise VmrtError(f"expected one kernel release, got {releases}", phase=PHASE, resource=str(unpacked))
     return releases[0]

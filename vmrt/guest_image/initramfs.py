@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from vmrt import spawn
 from vmrt.errors import ProcessError
@@ -72,7 +72,7 @@ def build(init: bytes, module_files: Sequence[Path], filesystem: str, argv: Sequ
 
     `module_files` are given in the order in which they are to be loaded.
     """
-    names = [PurePosixPath(path).name for path in module_files]
+    names = [modules.uncompressed_name(path.name) for path in module_files]
     return cpio.archive(
         [
             *(cpio.directory(name) for name in ("dev", "modules", "root", "sys")),
@@ -80,7 +80,7 @@ def build(init: bytes, module_files: Sequence[Path], filesystem: str, argv: Sequ
             cpio.file("init", init, 0o755),
             cpio.file("plan", plan(names, filesystem, argv).encode()),
             *(
-                cpio.file(f"modules/{name}", modules.without_signature(path.read_bytes()))
+                cpio.file(f"modules/{name}", modules.without_signature(modules.read(path)))
                 for name, path in zip(names, module_files, strict=True)
             ),
         ]

@@ -7,7 +7,11 @@ and to what nearly every pod uses, so that no call has to wait for a modprobe. O
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import re
+import tempfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -77,6 +81,12 @@ OPTIONAL: tuple[str, ...] = (
     "net/",
 )
 
+# Where a kernel package has its modules.
+_DIRECTORIES = ("usr/lib/modules", "lib/modules")
+
+# How the standard library reads what a module file's ending names (kernel: MODULE_COMPRESS_GZIP, MODULE_COMPRESS_XZ).
+_DECOMPRESS = {".gz": gzip.decompress, ".xz": lzma.decompress}
+
 _DEP_LINE = re.compile(r"^(kernel/\S+\.ko(?:\.\w+)?):(.*)$", re.MULTILINE)
 
 
@@ -123,18 +133,47 @@ def selected(prefixes: Iterable[str], dep: Mapping[str, tuple[str, ...]]) -> lis
     return sorted(chosen)
 
 
-async def depmod_dry(base: Path, release: str) -> dict[str, tuple[str, ...]]:
-    """Return the dependencies of all modules below `base`/lib/modules/`release`, writing nothing there."""
-    output = await spawn.run(["/sbin/depmod", "-n", "-b", base, release], timeout_s=300, phase=PHASE, resource=release)
+def directory(package: Path) -> Path:
+    """Return where an unpacked kernel package has its modules: Debian 13's are in /usr/lib, earlier ones' in /lib."""
+    places = [package / name for name in _DIRECTORIES]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+async def depmod_dry(package: Path, release: str) -> dict[str, tuple[str, ...]]:
+    """Return the dependencies of all modules of an unpacked kernel package, writing nothing there."""
+    source = directory(package)
+    # depmod looks in one of the two places only, which one was decided when it was compiled.
+    with tempfile.TemporaryDirectory(prefix="vmrt-depmod-") as view:
+        (Path(view) / "usr/lib").mkdir(parents=True)
+        (Path(view) / "usr/lib/modules").symlink_to(source.resolve())
+        (Path(view) / "lib").symlink_to("usr/lib")
+        argv = ["/sbin/depmod", "-n", "-b", view, release]
+        output = await spawn.run(argv, timeout_s=300, phase=PHASE, resource=release)
     dep = parse_dep(output.text())
     if not dep:
-        raise VmrtError("depmod found no modules", phase=PHASE, resource=f"{base}/lib/modules/{release}")
+        raise VmrtError("depmod found no modules", phase=PHASE, resource=f"{source}/{release}")
     return dep
 
 
 async def depmod(base: Path, release: str) -> None:
     """Write modules.dep and its companions below `base`/lib/modules/`release`."""
     await spawn.run(["/sbin/depmod", "-b", base, release], timeout_s=300, phase=PHASE, resource=release)
+
+
+def uncompressed_name(path: str) -> str:
+    """Return the name of a module file without the ending of its compression: x.ko.xz is x.ko."""
+    return f"{path.partition('.ko')[0]}.ko"
+
+
+def read(path: Path) -> bytes:
+    """Return a module, decompressed: Debian 13 compresses them, and finit_module(2) as init.c calls it does not."""
+    if path.suffix != ".ko" and path.suffix not in _DECOMPRESS:
+        raise VmrtError(f"unknown compression {path.suffix}", phase=PHASE, resource=path.name)
+    data = path.read_bytes()
+    try:
+        return data if path.suffix == ".ko" else _DECOMPRESS[path.suffix](data)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
+        raise VmrtError(f"cannot decompress it: {e}", phase=PHASE, resource=path.name) from e
 
 
 # kernel, scripts/sign-file.c and include/linux/module_signature.h: the module, the signature, struct module_signature

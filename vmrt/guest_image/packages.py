@@ -80,7 +80,7 @@ class PackageCache:
                 raise VmrtError(
                     f"apt does not know the packages: {e.stderr.splitlines()[0] if e.stderr else e.message}",
                     phase=PHASE,
-                    hint="run `apt-get update`, and see that apt's sources are those of Debian 12",
+                    hint="run `apt-get update`, and see that apt's sources are those of Debian 12 or 13",
                 ) from e
             progress("apt cannot tell the current versions; using those of the last build", 0, 0)
             return last.packages

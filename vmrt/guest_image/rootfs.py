@@ -16,13 +16,15 @@ from pathlib import Path, PurePosixPath
 from vmrt import spawn
 from vmrt.errors import ProcessError, VmrtError
 from vmrt.guest_image import elf, modules
+from vmrt.guest_image.release import Release
 
 PHASE = "guest image root"
 
 # File system -> the tool that writes it, the preferred one first.
 TOOLS = {"erofs": "mkfs.erofs", "squashfs": "mksquashfs"}
 
-# What apt is asked for; the kernel comes by its metapackage (builder.KERNEL_PACKAGE).
+# What apt is asked for, with what the release names in its own way (release.py); the kernel comes by its metapackage
+# (builder.KERNEL_PACKAGE).
 PACKAGES: tuple[str, ...] = (
     "busybox-static",
     "crun",
@@ -38,33 +40,27 @@ PACKAGES: tuple[str, ...] = (
     "libkmod2",
     "liblz4-1",
     "liblzma5",
-    "libpython3.11-minimal",
-    "libpython3.11-stdlib",
     "libseccomp2",
-    "libssl3",
     "libstdc++6",
     "libsystemd0",
     "libuuid1",
     "libyajl2",
     "libzstd1",
-    "python3.11-minimal",
     "zlib1g",
 )
 
-_PYTHON = "usr/lib/python3.11"
-PYTHON = PurePosixPath(_PYTHON)
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
-_PROGRAMS = ("usr/bin/busybox", "usr/bin/crun", "usr/bin/kmod", "usr/bin/python3.11")
+_PROGRAMS = ("usr/bin/busybox", "usr/bin/crun", "usr/bin/kmod")
 # glibc itself opens libgcc_s when a thread is cancelled; nothing names it in DT_NEEDED.
 _OPENED_LIBRARIES = ("libgcc_s.so.1",)
 _DIRECTORIES = ("dev", "etc", "mnt", "proc", "root", "run", "sys", "tmp", "usr/sbin", "var/lib", "var/log", "var/tmp")
+PYTHON_PROGRAM = "usr/bin/python3"  # a link to the release's
 _LINKS = {
     "bin": "usr/bin",
     "sbin": "usr/sbin",
     "lib": "usr/lib",
     "lib64": "usr/lib64",
     "usr/lib64/ld-linux-x86-64.so.2": "../lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
-    "usr/bin/python3": "python3.11",
     "usr/bin/sh": "busybox",
     **{f"usr/sbin/{name}": "../bin/kmod" for name in ("depmod", "insmod", "lsmod", "modinfo", "modprobe", "rmmod")},
     "var/run": "/run",
@@ -83,7 +79,7 @@ _FILES = {
 # Of the standard library: what cannot work without files that the image lacks, and what no daemon imports.
 _STDLIB_DROPPED = frozenset(
     (
-        *("curses", "dbm", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "sqlite3", "test"),
+        *("_pyrepl", "curses", "dbm", "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "sqlite3", "test"),
         *("tkinter", "turtle.py", "turtledemo", "venv", "wsgiref", "xmlrpc", "__pycache__", "EXTERNALLY-MANAGED"),
         *("antigravity.py", "this.py", "LICENSE.txt", "sitecustomize.py"),
     )
@@ -100,7 +96,12 @@ _PROTOBUF_DROPPED = frozenset(("compiler", "testdata", "util", "__pycache__"))
 _UUID = "6a4d0d6c-7c1e-4d7b-9f0e-766d72740001"
 
 
-def assemble_base(tree: Path, packages: Sequence[Path], protobuf: Path) -> None:
+def package_names(release: Release) -> tuple[str, ...]:
+    """Return the packages that a root of that release is made of."""
+    return tuple(sorted((*PACKAGES, *release.python_packages, *release.packages)))
+
+
+def assemble_base(tree: Path, packages: Sequence[Path], protobuf: Path, release: Release) -> None:
     """Fill the empty directory `tree` with everything but the agent, kernel modules and bytecode.
 
     `packages` are unpacked packages, `protobuf` the directory that holds `google/protobuf`. Raises `VmrtError` naming a
@@ -109,14 +110,14 @@ def assemble_base(tree: Path, packages: Sequence[Path], protobuf: Path) -> None:
     found = _index(packages)
     for name in _DIRECTORIES:
         (tree / name).mkdir(parents=True, exist_ok=True)
-    for path in _PROGRAMS:
+    for path in (*_PROGRAMS, release.program):
         _copy(_lookup(found, path), tree / path)
     for path, source in sorted(found.items()):
-        if _wanted_python(path):
+        if _wanted_python(path, release):
             _copy(source, tree / path)
-    _copy_protobuf(protobuf, tree / _PYTHON)
+    _copy_protobuf(protobuf, tree / release.library)
     _add_libraries(tree, found)
-    for path, target in _LINKS.items():
+    for path, target in (*_LINKS.items(), (PYTHON_PROGRAM, PurePosixPath(release.program).name)):
         link = tree / path
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(target)
@@ -125,10 +126,12 @@ def assemble_base(tree: Path, packages: Sequence[Path], protobuf: Path) -> None:
         (tree / path).write_text(text)
 
 
-def add_agent(tree: Path, agent: Mapping[str, bytes], programs: Mapping[str, bytes], version: str) -> None:
-    """Lay the agent's files (path below site -> content), its programs (by path) and the version over the tree."""
+def add_agent(
+    tree: Path, library: PurePosixPath, agent: Mapping[str, bytes], programs: Mapping[str, bytes], version: str
+) -> None:
+    """Lay the agent's files (path below `library` -> content), programs (by path) and the version over the tree."""
     for path, data in agent.items():
-        target = tree / _PYTHON / path
+        target = tree / library / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
     for path, data in programs.items():
@@ -182,8 +185,7 @@ async def check_imports(tree: Path, names: Sequence[str]) -> None:
 def _python(tree: Path) -> list[str | Path]:
     """Return the start of a command that runs the tree's Python on the host, with the tree's libraries only."""
     loader = tree / _LIBRARIES / "ld-linux-x86-64.so.2"
-    program = tree / "usr/bin/python3.11"
-    return [loader, "--library-path", tree / _LIBRARIES, program, "-I", "-S", "-B", "-X", "utf8"]
+    return [loader, "--library-path", tree / _LIBRARIES, tree / PYTHON_PROGRAM, "-I", "-S", "-B", "-X", "utf8"]
 
 
 async def make_image(tree: Path, target: Path, filesystem: str) -> None:
@@ -254,10 +256,10 @@ def _link(path: Path, target: str) -> None:
     path.symlink_to(target)
 
 
-def _wanted_python(path: str) -> bool:
-    if not path.startswith(f"{_PYTHON}/"):
+def _wanted_python(path: str, release: Release) -> bool:
+    if not path.startswith(f"{release.library}/"):
         return False
-    parts = PurePosixPath(path).relative_to(_PYTHON).parts
+    parts = PurePosixPath(path).relative_to(release.library).parts
     if _STDLIB_DROPPED & set(parts):
         return False
     if parts[0] == "lib-dynload":
@@ -309,9 +311,14 @@ def _needed(path: Path, name: str) -> dict[str, str]:
 
 
 def add_modules(tree: Path, package: Path, release: str, dep: Mapping[str, tuple[str, ...]]) -> None:
-    """Copy the modules that a guest may want from an unpacked kernel package; `dep` are their dependencies."""
-    source, target = package / "lib/modules" / release, tree / "usr/lib/modules" / release
+    """Copy the modules that a guest may want from an unpacked kernel package; `dep` are their dependencies.
+
+    They lie there uncompressed, as everything in the image: what loads one in the guest has less to do.
+    """
+    source, target = modules.directory(package) / release, tree / "usr/lib/modules" / release
     for path in modules.selected(modules.OPTIONAL, dep):
-        _copy(source / path, target / path)
+        plain = target / modules.uncompressed_name(path)
+        plain.parent.mkdir(parents=True, exist_ok=True)
+        plain.write_bytes(modules.read(source / path))
     for name in ("modules.builtin", "modules.builtin.modinfo", "modules.order"):
         _copy(source / name, target / name)
