@@ -49,6 +49,21 @@ def test_absent_modules_are_named() -> None:
         modules.selected(["drivers/net/veth.ko"], dep)
 
 
+def test_what_a_kernel_has_in_itself_is_neither_missing_nor_loaded(tmp_path: Path) -> None:
+    """Debian 13's cloud kernel has virtio_pci, virtiofs and virtio_console built in, Debian 12's has modules."""
+    release = tmp_path / "usr/lib/modules/6.12"
+    release.mkdir(parents=True)
+    (release / "modules.builtin").write_text("kernel/drivers/virtio/virtio_pci.ko\nkernel/drivers/char/virtio-c.ko\n")
+    built_in = modules.built_in(tmp_path, "6.12")
+    dep = modules.parse_dep(DEP)
+    assert modules.in_load_order(["virtio_pci", "virtio_c"], dep, built_in) == []
+    assert modules.selected(["drivers/char/virtio-c.ko"], dep, built_in) == []
+    with pytest.raises(VmrtError, match="no module erofs"):
+        modules.in_load_order(["erofs"], dep, built_in)
+    with pytest.raises(VmrtError, match=r"no module kernel/drivers/char/x\.ko"):
+        modules.selected(["drivers/char/x.ko"], dep, built_in)
+
+
 def test_names() -> None:
     assert modules.module_name("kernel/drivers/char/hw_random/virtio-rng.ko.zst") == "virtio_rng"
     assert modules.uncompressed_name("kernel/net/x.ko.xz") == "kernel/net/x.ko"

@@ -258,7 +258,8 @@ class _Job:
         filesystem = self.inputs.filesystem
         early = modules.EARLY if filesystem == "erofs" else (filesystem, *modules.EARLY)
         directory = modules.directory(package) / chosen.release
-        files = [directory / path for path in modules.in_load_order(early, chosen.dep)]
+        built_in = modules.built_in(package, chosen.release)
+        files = [directory / path for path in modules.in_load_order(early, chosen.dep, built_in)]
         archive.write_bytes(initramfs.build(self.inputs.init, files, filesystem))
 
     async def _write_root(self, base: Path, version: str, image: Path) -> None:

@@ -81,6 +81,8 @@ OPTIONAL: tuple[str, ...] = (
     "net/",
 )
 
+_HINT = "renamed in this kernel? see EARLY and OPTIONAL in vmrt/guest_image/modules.py"
+
 # Where a kernel package has its modules.
 _DIRECTORIES = ("usr/lib/modules", "lib/modules")
 
@@ -100,25 +102,31 @@ def module_name(path: str) -> str:
     return PurePosixPath(path).name.split(".", 1)[0].replace("-", "_")
 
 
-def in_load_order(names: Sequence[str], dep: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Return the paths to load, each after what it needs. Raises `VmrtError` naming a module that is not there."""
+def in_load_order(
+    names: Sequence[str], dep: Mapping[str, tuple[str, ...]], built_in: frozenset[str] = frozenset()
+) -> list[str]:
+    """Return the paths to load, each after what it needs; what is built into the kernel needs no loading.
+
+    Raises `VmrtError` naming a module that is not there.
+    """
     by_name = {module_name(path): path for path in dep}
+    there_already = {module_name(path) for path in built_in}
     order: dict[str, None] = {}
     for name in names:
+        if name in there_already:
+            continue
         if name not in by_name:
-            raise VmrtError(
-                f"the kernel package has no module {name}",
-                phase=PHASE,
-                hint="built into this kernel? then take it from vmrt.guest_image.modules.EARLY",
-            )
+            raise VmrtError(f"the kernel package has no module {name}", phase=PHASE, hint=_HINT)
         path = by_name[name]
         for needed in (*reversed(dep[path]), path):
             order.setdefault(needed)
     return list(order)
 
 
-def selected(prefixes: Iterable[str], dep: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Return, sorted, the paths under the prefixes with all that they need.
+def selected(
+    prefixes: Iterable[str], dep: Mapping[str, tuple[str, ...]], built_in: frozenset[str] = frozenset()
+) -> list[str]:
+    """Return, sorted, the paths under the prefixes with all that they need; some may be built into the kernel.
 
     Raises `VmrtError` for a prefix that names a file the kernel does not have.
     """
@@ -126,8 +134,8 @@ def selected(prefixes: Iterable[str], dep: Mapping[str, tuple[str, ...]]) -> lis
     for prefix in prefixes:
         full = f"kernel/{prefix}"
         matches = [path for path in dep if path.startswith(full)]
-        if not matches and not prefix.endswith("/"):
-            raise VmrtError(f"the kernel package has no module {full}", phase=PHASE)
+        if not matches and not prefix.endswith("/") and full not in built_in:
+            raise VmrtError(f"the kernel package has no module {full}", phase=PHASE, hint=_HINT)
         for path in matches:
             chosen.update((path, *dep[path]))
     return sorted(chosen)
@@ -137,6 +145,11 @@ def directory(package: Path) -> Path:
     """Return where an unpacked kernel package has its modules: Debian 13's are in /usr/lib, earlier ones' in /lib."""
     places = [package / name for name in _DIRECTORIES]
     return next((place for place in places if place.is_dir()), places[0])
+
+
+def built_in(package: Path, release: str) -> frozenset[str]:
+    """Return the paths of the modules that an unpacked kernel package's kernel has in itself: kernel/x/y.ko."""
+    return frozenset((directory(package) / release / "modules.builtin").read_text().split())
 
 
 async def depmod_dry(package: Path, release: str) -> dict[str, tuple[str, ...]]:

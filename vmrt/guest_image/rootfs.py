@@ -316,7 +316,7 @@ def add_modules(tree: Path, package: Path, release: str, dep: Mapping[str, tuple
     They lie there uncompressed, as everything in the image: what loads one in the guest has less to do.
     """
     source, target = modules.directory(package) / release, tree / "usr/lib/modules" / release
-    for path in modules.selected(modules.OPTIONAL, dep):
+    for path in modules.selected(modules.OPTIONAL, dep, modules.built_in(package, release)):
         plain = target / modules.uncompressed_name(path)
         plain.parent.mkdir(parents=True, exist_ok=True)
         plain.write_bytes(modules.read(source / path))
