@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -247,7 +248,8 @@ async def test_a_share_with_a_comma_is_refused(tmp_path: Path) -> None:
 
 async def test_a_vsock_device_that_ends_at_once(tmp_path: Path) -> None:
     paths = record.paths_of(tmp_path, "a")
-    process = spawn.detached(["sleep", "0.05"])
+    process = spawn.detached(["sleep", "600"])
+    os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(VmError, match="ended at once"):
         await vhost_vsock.wait_listening(process, Path("/bin/true"), paths)
 

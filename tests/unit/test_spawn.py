@@ -262,7 +262,8 @@ async def test_terminate_ends_it_and_repeating_is_no_error() -> None:
 
 
 async def test_a_child_that_exited_is_reaped_and_not_alive() -> None:
-    process = spawn.detached(["sleep", "0.05"])
+    process = spawn.detached(["sleep", "1000"])
+    os.kill(process.pid, signal.SIGKILL)
     await eventually(lambda: not spawn.alive(process))
     assert not Path(f"/proc/{process.pid}").exists(), "it was left a zombie"
 
