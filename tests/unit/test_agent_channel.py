@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import select
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from vmrt.agent import agent_pb2 as pb
-from vmrt.agent import channel, execs, frames, layout, streams
+from vmrt.agent import channel, frames, inward, layout
 
 
 @pytest.fixture
@@ -33,24 +34,79 @@ def test_data_arrives_whole_and_in_order_however_little_the_socket_takes(
     ends: tuple[channel.Channel, socket.socket],
 ) -> None:
     ours, host = ends
-    payloads = [os.urandom(size) for size in (65536, 1, 65536, 0, 65536, 5000)]
+    data = os.urandom(3 * channel.Buffer.FRAMES * layout.MAX_FRAME_BYTES + 5000)
     received: list[frames.Frame] = []
 
     def read() -> None:
         decoder = frames.Decoder(frames.FROM_GUEST)
-        while len(received) <= len(payloads):
+        while not received or received[-1].type != pb.CLOSE:
             received.extend(decoder.feed(host.recv(3000)))
 
-    for payload in payloads:
-        ours.send_data(pb.STDOUT, payload)
-    assert ours.congested  # the socket cannot have taken it: what follows has to queue behind the rest
+    with tempfile.TemporaryFile(buffering=0) as source:
+        source.write(data)
+        source.seek(0)
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert ours.relay(pb.STDOUT, source.fileno()) == channel.Buffer.FRAMES * layout.MAX_FRAME_BYTES
+        assert ours.interest() & select.POLLOUT  # the socket cannot have taken it
+        assert ours.congested
+        ours.queue(frames.stdin_ack(7))  # behind the rest of it
+        while ours.relay(pb.STDOUT, source.fileno()):
+            pass  # a session would wait while it is congested; what comes too early must queue all the same
     ours.send(frames.close_frame(pb.STDOUT))
-    reader = threading.Thread(target=read)
-    reader.start()
     ours.flush()
     reader.join(60)
-    assert [frame.payload for frame in received] == [*payloads, bytes([pb.STDOUT])]
+    kinds = [frame.type for frame in received]
+    assert kinds == [*[pb.STDOUT] * 4, pb.STDIN_ACK, *[pb.STDOUT] * 9, pb.CLOSE]
+    assert b"".join(frame.payload for frame in received if frame.type == pb.STDOUT) == data
+    assert not ours.interest() & select.POLLOUT
     assert not ours.congested
+
+
+def test_a_relayed_frame_is_as_long_as_what_was_there(ends: tuple[channel.Channel, socket.socket]) -> None:
+    ours, host = ends
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(reader, False)
+        with pytest.raises(BlockingIOError):
+            ours.relay(pb.STDERR, reader)
+        os.write(writer, b"some")
+        assert ours.relay(pb.STDERR, reader) == 4
+        assert host.recv(100) == frames.encode(pb.STDERR, b"some")
+        os.close(writer)
+        assert ours.relay(pb.STDERR, reader) == 0
+    finally:
+        os.close(reader)
+
+
+def test_no_buffer_is_in_two_hands(
+    ends: tuple[channel.Channel, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, host = ends
+    monkeypatch.setattr(channel.Buffer, "_spare", [])
+    spare = channel.Buffer._spare
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(reader, False)
+        os.write(writer, bytes(100))
+        ours.relay(pb.STDOUT, reader)
+        assert len(spare) == 1
+        with pytest.raises(BlockingIOError):
+            ours.relay(pb.STDOUT, reader)
+        assert len(spare) == 1
+        host.sendall(frames.encode(pb.STDIN, b"lent"))
+        (frame,) = ours.receive()
+        assert not spare  # it is in `frame`'s payload
+        os.write(writer, bytes(65536))
+        ours.relay(pb.STDOUT, reader)
+        assert ours.congested
+        assert frame.payload == b"lent"
+        ours.release()
+        ours.close()
+        assert len(spare) == len({id(buffer) for buffer in spare}) == 2
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_stdin_is_acknowledged_in_few_frames_and_never_too_late(ends: tuple[channel.Channel, socket.socket]) -> None:
@@ -72,7 +128,7 @@ def test_the_windows_fit_into_each_other() -> None:
     assert layout.STDIN_ACK + layout.STDIN_PIECE <= layout.STDIN_WINDOW
     assert layout.STDIN_PIECE <= layout.MAX_FRAME_BYTES
     # The agent reads on with all of a window in its hands.
-    assert min(execs._STDIN_BOUND, streams._STDIN_BOUND, streams._DIAL_BUFFER) > layout.STDIN_WINDOW
+    assert inward.BOUND > layout.STDIN_WINDOW
 
 
 def test_a_watch_waits_for_what_it_was_told_last() -> None:

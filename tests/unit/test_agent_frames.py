@@ -23,6 +23,41 @@ def test_frames_survive_any_cutting(sent: list[tuple[int, bytes]], step: int) ->
     assert decoder.idle
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(frames.FROM_HOST)), st.binary(max_size=200)), max_size=6),
+    st.integers(1, 50),
+)
+def test_payloads_in_pieces_are_the_same_octets_in_the_same_order(sent: list[tuple[int, bytes]], step: int) -> None:
+    data = b"".join(frames.encode(kind, payload) for kind, payload in sent)
+    decoder = frames.Decoder(frames.FROM_HOST, pieces=(pb.STDIN,))
+    received: list[tuple[int, bytes]] = []
+    for at in range(0, len(data), step):
+        received += [(frame.type, bytes(frame.payload)) for frame in decoder.feed(data[at : at + step])]
+    assert decoder.idle
+
+    def joined(those: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+        out: list[tuple[int, bytes]] = []
+        for kind, payload in those:
+            if out and kind == out[-1][0] == pb.STDIN:
+                out[-1] = (kind, out[-1][1] + payload)
+            else:
+                out.append((kind, payload))
+        return out
+
+    assert joined(received) == joined(sent)
+
+
+def test_a_payload_in_pieces_is_no_clean_place_for_an_end() -> None:
+    decoder = frames.Decoder(frames.FROM_HOST, pieces=(pb.STDIN,))
+    whole = frames.encode(pb.STDIN, b"abc")
+    seen = []
+    for data in (whole[:5], whole[5:7], whole[7:] + frames.encode(pb.STDIN)):
+        seen.append(([bytes(frame.payload) for frame in decoder.feed(data)], decoder.idle))
+    assert seen == [([], False), ([b"ab"], False), ([b"c", b""], True)]
+    with pytest.raises(frames.FrameError):
+        decoder.feed(frames.HEADER.pack(pb.STDIN, MAX_FRAME_BYTES + 1))
+
+
 @given(st.lists(st.binary(max_size=64)))
 def test_any_octets_give_acceptable_frames_or_an_error(pieces: list[bytes]) -> None:
     decoder = frames.Decoder(frames.FROM_GUEST)

@@ -1,17 +1,23 @@
-"""One stream connection: frames in and out over a non-blocking socket, for a session that polls several descriptors."""
+"""One stream connection: frames in and out over a non-blocking socket, for a session that polls several descriptors.
+
+What streams cost an emulated guest is turns, copies and fresh memory. So one turn moves all that a pipe holds, data
+goes from one descriptor to the other through one buffer in which frames are made and read in place, and buffers are
+kept.
+"""
 
 from __future__ import annotations
 
 import _socket
 import contextlib
+import os
 import select
 import time
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent import frames, status
-from vmrt.agent.layout import STDIN_ACK
+from vmrt.agent.layout import MAX_FRAME_BYTES, STDIN_ACK
 
-_READ = 256 * 1024
+_READ = 64 * 1024
 _WRITE = 64 * 1024
 # Sources are not read while more than this waits for the socket: the kernel's flow control is the back-pressure.
 _HIGH_WATER = 128 * 1024
@@ -24,12 +30,55 @@ class Closed(Exception):
     """The host has closed the connection, or broken the protocol."""
 
 
+class Buffer:
+    """Room for as many frames as one turn moves; the slots are where their payloads are."""
+
+    FRAMES = 4
+    _SPARES = 4
+    _spare: list[Buffer] = []  # noqa: RUF012 - all threads'; a list's append and pop need no lock
+
+    __slots__ = ("slots", "view")
+
+    def __init__(self) -> None:
+        stride = frames.HEADER.size + MAX_FRAME_BYTES
+        self.view = memoryview(bytearray(self.FRAMES * stride))
+        self.slots = [self.view[at + frames.HEADER.size : at + stride] for at in range(0, len(self.view), stride)]
+
+    @classmethod
+    def take(cls) -> Buffer:
+        """Return one that nobody uses."""
+        try:
+            return cls._spare.pop()
+        except IndexError:
+            return cls()
+
+    def give_back(self) -> None:
+        """Let it be used again: no view of it may be read from now on."""
+        if len(self._spare) < self._SPARES:
+            self._spare.append(self)
+
+    def enframe(self, type_: int, octets: int) -> memoryview:
+        """Return the frames of the first so many octets in the slots."""
+        at = 0
+        for slot in self.slots:
+            length = min(octets, len(slot))
+            frames.HEADER.pack_into(self.view, at, type_, length)
+            at += frames.HEADER.size + length
+            octets -= length
+            if not octets:
+                break
+        return self.view[:at]
+
+
 class Channel:
     """Framed connection. Every method but `flush` and `close` is non-blocking."""
 
     def __init__(self, connection: _socket.socket) -> None:
         self._connection = connection
-        self._decoder = frames.Decoder(frames.FROM_HOST)
+        self._decoder = frames.Decoder(frames.FROM_HOST, pieces=(pb.STDIN,))
+        self._lent: Buffer | None = None  # what `receive` has handed out is in it
+        self._rest: memoryview | None = None  # of `_sending`, to go before `_out`
+        self._sending: Buffer | None = None
         self._out = bytearray()
         self._acks = False
         self._consumed = 0
@@ -42,31 +91,46 @@ class Channel:
     @property
     def congested(self) -> bool:
         """Whether no more should be queued now."""
-        return len(self._out) > _HIGH_WATER
+        return self._rest is not None or len(self._out) > _HIGH_WATER
 
     def interest(self, *, read: bool = True) -> int:
         """Return the poll(2) events to wait for. A hang-up is always told, also while nothing is read."""
         events: int = select.POLLRDHUP
         if read:
             events |= select.POLLIN
-        if self._out:
+        if self._out or self._rest is not None:
             events |= select.POLLOUT
         return events
 
     def receive(self) -> list[frames.Frame]:
-        """Return the frames that are here now. Raises `Closed` at the end of the connection or for a broken frame."""
+        """Return the frames that are here now. Raises `Closed` at the end of the connection or for a broken frame.
+
+        Payloads of STDIN come in pieces, on loan until `release` or the next `receive`.
+        """
+        buffer = self._lent or Buffer.take()
+        self._lent = buffer
+        lent = False
         try:
-            data = self._connection.recv(_READ)
+            count = self._connection.recv_into(buffer.view)
+            if not count:
+                raise Closed("closed by the host")
+            received = self._decoder.feed(buffer.view[:count])
+            lent = any(frame.type == pb.STDIN for frame in received)
         except BlockingIOError:
             return []
-        except OSError as e:
+        except (OSError, frames.FrameError) as e:
             raise Closed(str(e)) from e
-        if not data:
-            raise Closed("closed by the host")
-        try:
-            return self._decoder.feed(data)
-        except frames.FrameError as e:
-            raise Closed(str(e)) from e
+        else:
+            return received
+        finally:
+            if not lent:
+                self.release()
+
+    def release(self) -> None:
+        """Say that no payload of the last `receive` is needed any more."""
+        if self._lent is not None:
+            self._lent.give_back()
+            self._lent = None
 
     def queue(self, frame: bytes) -> None:
         """Have a frame sent with the next one, or by `push`."""
@@ -77,21 +141,26 @@ class Channel:
         self._out += frame
         self.push()
 
-    def send_data(self, type_: int, data: bytes) -> None:
-        """Queue octets, at most MAX_FRAME_BYTES, as one frame, uncopied where the socket takes all. Raises `Closed`."""
-        head = frames.header(type_, len(data))
-        sent = 0
-        if not self._out:
-            try:
-                sent = self._connection.sendmsg([head, data])
-            except BlockingIOError:
-                pass
-            except OSError as e:
-                raise Closed(str(e)) from e
-            if sent == len(head) + len(data):
-                return
-        self._out += head[sent:]
-        self._out += memoryview(data)[max(0, sent - len(head)) :]
+    def relay(self, type_: int, source: int) -> int:
+        """Read a descriptor and send what it has as frames; to be called while not `congested`.
+
+        Returns how many octets there were, 0 at its end. The read's `OSError` is the caller's; raises `Closed`.
+        """
+        self.push()
+        buffer = Buffer.take()
+        try:
+            octets = os.readv(source, buffer.slots)
+        except OSError:
+            buffer.give_back()
+            raise
+        if octets and not self._out and self._rest is None:
+            self._sending, self._rest = buffer, buffer.enframe(type_, octets)
+            self.push()
+            return octets
+        if octets:
+            self._out += buffer.enframe(type_, octets)
+        buffer.give_back()
+        return octets
 
     def consumed(self, octets: int) -> None:
         """Tell the host that octets of stdin are gone, in few frames (layout.STDIN_ACK). Raises `Closed`."""
@@ -102,20 +171,38 @@ class Channel:
 
     def push(self) -> None:
         """Send what the socket takes. Raises `Closed`."""
-        while self._out:
-            try:
-                sent = self._connection.send(memoryview(self._out)[:_WRITE])
-            except BlockingIOError:
+        while self._rest is not None:
+            sent = self._send(self._rest)
+            if not sent:
                 return
-            except OSError as e:
-                raise Closed(str(e)) from e
+            self._keep(self._rest[sent:])
+        while self._out:
+            sent = self._send(memoryview(self._out)[:_WRITE])
+            if not sent:
+                return
             del self._out[:sent]
+
+    def _send(self, data: memoryview) -> int:
+        """Return how many octets the socket takes. Raises `Closed`."""
+        try:
+            return self._connection.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as e:
+            raise Closed(str(e)) from e
+
+    def _keep(self, rest: memoryview) -> None:
+        """Have what is left of `_sending` sent first, or the buffer used again when that is nothing."""
+        self._rest = rest or None
+        if self._rest is None and self._sending is not None:
+            self._sending.give_back()
+            self._sending = None
 
     def flush(self) -> None:
         """Send all that is queued, for as long as the host stays connected. Raises `Closed`."""
         poll = select.poll()
         poll.register(self.fileno(), select.POLLOUT | select.POLLRDHUP)
-        while self._out:
+        while self._out or self._rest is not None:
             for _, events in poll.poll():
                 if events & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
                     raise Closed("hung up")
@@ -159,6 +246,8 @@ class Channel:
 
     def close(self) -> None:
         """Close the connection after the host: what is in flight is lost when a transport sees our close first."""
+        self.release()
+        self._keep(memoryview(b""))
         with contextlib.suppress(OSError):
             self._connection.shutdown(_socket.SHUT_WR)
             self._linger()

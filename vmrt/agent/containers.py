@@ -21,6 +21,7 @@ from vmrt.agent import cgroups, console, crun, enter, kernel, layout, output, ro
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from vmrt.agent.disks import Layers
@@ -97,12 +98,12 @@ class Container:
                 status.FAILED_PRECONDITION, f"container {self.id} is {_STATE_NAMES[self.state]}, not {wanted}"
             )
 
-    def write_stdin(self, data: bytes) -> int:
+    def write_stdin(self, pieces: Sequence[memoryview]) -> int:
         """Write to its stdin without waiting; return how many octets went. Raises `OSError` (EPIPE when closed)."""
         with self._small_lock:
             if self.stdin_fd < 0:
                 raise BrokenPipeError
-            return os.write(self.stdin_fd, data)
+            return os.writev(self.stdin_fd, pieces)
 
     def close_stdin(self) -> None:
         """Close its stdin; a terminal stays, and so does a pipe that is closed already."""

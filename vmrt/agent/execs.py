@@ -11,16 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import struct
 import threading
 import time
-from collections import deque
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent import cgroups, enter, frames, status
 from vmrt.agent.channel import HANGUP, Closed, Watch
 from vmrt.agent.containers import RUNNING
-from vmrt.agent.layout import MAX_FRAME_BYTES
+from vmrt.agent.inward import Inward, steer
 from vmrt.agent.process import DEVNULL
 
 TYPE_CHECKING = False
@@ -30,23 +28,11 @@ if TYPE_CHECKING:
     from vmrt.agent.process import Child, Exit, Reaper
 
 SILENCE_S = 0.2
-# A frame's payload, and a pipe that takes a few of them: the fewer turns, the less an emulated CPU spends on them.
-_READ = MAX_FRAME_BYTES
+# What one turn moves (channel.Buffer): the fewer turns, the less an emulated CPU spends on them.
 _PIPE_BYTES = 256 * 1024
 _F_SETPIPE_SZ = 1031
-# Above layout.STDIN_WINDOW: a connection that is not read any more may hold back its other direction.
-_STDIN_BOUND = 512 * 1024
 _BURST_S = 0.005
 _HOLD_S = 0.01
-
-
-def set_window(fd: int, width: int, height: int) -> None:
-    """Set a terminal's size (TIOCSWINSZ); a size that does not fit 16 bits is cut."""
-    import fcntl
-    import termios
-
-    with contextlib.suppress(OSError):
-        fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", min(height, 65535), min(width, 65535), 0, 0))
 
 
 def _pipe() -> tuple[int, int]:
@@ -71,8 +57,7 @@ class ExecSession:
         self._cgroup = cgroups.Cgroup(self._container.id, f"exec-{self._container.next_exec()}")
         self._ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stdin = -1
-        self._stdin_data: deque[memoryview] = deque()  # none of them empty
-        self._stdin_held = 0  # octets in it
+        self._stdin_data = Inward(channel)
         self._watch = Watch()
         self._stdin_closing = False
         self._sources: dict[int, int] = {}  # descriptor -> STDOUT or STDERR
@@ -86,6 +71,7 @@ class ExecSession:
             self._channel.reply()
             for frame in self._channel.pending():
                 self._handle(frame)
+            self._write_stdin()
             self._pump()
             finished = True
         except Closed:
@@ -151,7 +137,7 @@ class ExecSession:
                 silent_since = silent_since or time.monotonic()
             if ended and (not self._sources or (silent_since and time.monotonic() - silent_since >= SILENCE_S)):
                 break
-            interest = channel.interest(read=self._stdin_held < _STDIN_BOUND)
+            interest = channel.interest(read=not self._stdin_data.full)
             # A process whose output has ended mostly ends, too: what is said of both goes in one piece.
             hold = not self._sources and not ended and not held
             watch.want(channel.fileno(), interest & ~select.POLLOUT if hold else interest)
@@ -171,7 +157,8 @@ class ExecSession:
                 if time.monotonic() - last_output < _BURST_S:
                     os.sched_yield()
                 for fd in readable:
-                    self._read_source(fd)
+                    if not channel.congested:
+                        self._read_source(fd)
                 last_output = time.monotonic()
                 silent_since = 0.0
         assert self._child is not None and self._child.exit is not None
@@ -187,52 +174,31 @@ class ExecSession:
         if events & select.POLLIN:
             for frame in self._channel.receive():
                 self._handle(frame)
+            self._write_stdin()
         elif events & HANGUP:
             raise Closed("hung up")
 
     def _handle(self, frame: frames.Frame) -> None:
         try:
             if frame.type == pb.STDIN:
-                if frame.payload and self._stdin >= 0 and not self._stdin_closing:
-                    self._stdin_data.append(memoryview(frame.payload))
-                    self._stdin_held += len(frame.payload)
-                    self._write_stdin()
+                if self._stdin >= 0 and not self._stdin_closing:
+                    self._stdin_data.add(frame.payload)
                 else:
                     self._channel.consumed(len(frame.payload))
             elif frame.type == pb.CLOSE and frames.closed_stream(frame) == pb.STDIN:
                 self._stdin_closing = True
-                self._write_stdin()
-            elif frame.type == pb.RESIZE:
-                window = frame.parse(pb.WindowSize)
-                if self._request.tty and self._stdin >= 0:
-                    set_window(self._stdin, window.width, window.height)
-            elif frame.type == pb.SIGNAL:
-                number = frame.parse(pb.SignalFrame).signal
-                if self._child is not None and 0 < number <= 64:
-                    self._reaper.signal(self._child, number)
-            else:
+            elif not steer(frame, self._reaper, self._child, self._stdin if self._request.tty else -1):
                 raise Closed(f"frame of type {frame.type} on an exec stream")
         except frames.FrameError as e:
             raise Closed(str(e)) from e
 
     def _write_stdin(self) -> None:
-        waiting = self._stdin_data
-        while waiting and self._stdin >= 0:
-            try:
-                written = os.write(self._stdin, waiting[0])
-            except BlockingIOError:
-                return
-            except OSError:
-                # The process has closed its stdin: the rest goes nowhere, as in a shell's pipe.
-                written = self._stdin_held
-                waiting.clear()
-                self._stdin_closing = True
-            else:
-                rest = waiting.popleft()[written:]
-                if rest:
-                    waiting.appendleft(rest)
-            self._stdin_held -= written
-            self._channel.consumed(written)
+        try:
+            self._stdin_data.write(lambda pieces: os.writev(self._stdin, pieces))
+        except OSError:
+            # The process has closed its stdin: the rest goes nowhere, as in a shell's pipe.
+            self._stdin_data.drop()
+            self._stdin_closing = True
         if self._stdin_closing and not self._stdin_data and self._stdin >= 0 and not self._request.tty:
             self._watch.forget(self._stdin)
             os.close(self._stdin)
@@ -241,13 +207,12 @@ class ExecSession:
     def _read_source(self, fd: int) -> None:
         kind = self._sources[fd]
         try:
-            data = os.read(fd, _READ)
+            octets = self._channel.relay(kind, fd)
         except BlockingIOError:
             return
         except OSError:
-            data = b""  # EIO: the terminal's last slave is closed
-        if data:
-            self._channel.send_data(kind, data)
+            octets = 0  # EIO: the terminal's last slave is closed
+        if octets:
             return
         self._watch.forget(fd)
         os.close(fd)

@@ -32,11 +32,11 @@ class FrameError(Exception):
 
 
 class Frame:
-    """One frame: a `FrameType` number and its payload."""
+    """One frame: a `FrameType` number and its payload, or a piece of it (`Decoder`)."""
 
     __slots__ = ("payload", "type")
 
-    def __init__(self, type_: int, payload: bytes) -> None:
+    def __init__(self, type_: int, payload: bytes | memoryview) -> None:
         self.type = type_
         self.payload = payload
 
@@ -44,7 +44,7 @@ class Frame:
         """Return the payload as a message of this class. Raises `FrameError`."""
         parsed = message()
         try:
-            parsed.ParseFromString(self.payload)
+            parsed.ParseFromString(bytes(self.payload))
         except DecodeError as e:
             raise FrameError(f"frame of type {self.type} does not hold a {message.__name__}: {e}") from e
         return parsed
@@ -57,11 +57,6 @@ def encode(type_: int, payload: bytes = b"") -> bytes:
     return HEADER.pack(type_, len(payload)) + payload
 
 
-def header(type_: int, length: int) -> bytes:
-    """Return what stands before a payload of so many octets, at most MAX_FRAME_BYTES."""
-    return HEADER.pack(type_, length)
-
-
 def encode_data(type_: int, data: bytes) -> bytes:
     """Return raw octets of any length as frames of one type; nothing for no octets."""
     view = memoryview(data)
@@ -71,47 +66,58 @@ def encode_data(type_: int, data: bytes) -> bytes:
 
 
 class Decoder:
-    """Cuts a byte stream into frames of the types `accepted`."""
+    """Cuts a byte stream into frames of the types `accepted`.
 
-    def __init__(self, accepted: Collection[int]) -> None:
+    Payloads of the types `pieces` are handed on as they arrive, each piece as a frame of its own whose payload is a
+    memoryview of the octets that were fed: nothing is copied or waited for. All other frames come whole.
+    """
+
+    def __init__(self, accepted: Collection[int], pieces: Collection[int] = ()) -> None:
         self._accepted = accepted
-        self._buffer = bytearray()
+        self._pieces = pieces
+        self._held = bytearray()  # the beginning of a frame
+        self._type = 0
+        self._left = 0  # octets of the payload of type `_type` that are to come in pieces
         self._broken = False
 
-    def feed(self, data: bytes, limit: int = 0) -> list[Frame]:
+    def feed(self, data: bytes | memoryview, limit: int = 0) -> list[Frame]:
         """Add octets; return the frames that are complete now, at most `limit` (0: all). Raises `FrameError`."""
         if self._broken:
             raise FrameError("octets after a broken frame")
-        # Whole frames are cut out of `data` itself: an emulated guest feels every copy.
-        kept = self._buffer
-        if kept:
-            kept += data
-        view = memoryview(kept or data)
+        if self._held:
+            data = b"".join((self._held, data))
+            self._held.clear()
+        view = memoryview(data)
         frames: list[Frame] = []
-        start, have = 0, len(view)
-        try:
-            while have - start >= HEADER.size and not (limit and len(frames) == limit):
-                type_, length = HEADER.unpack_from(view, start)
-                if type_ not in self._accepted or length > MAX_FRAME_BYTES:
-                    self._broken = True
-                    raise FrameError(f"frame of type {type_} with {length} octets is not acceptable here")
-                end = start + HEADER.size + length
-                if have < end:
-                    break
-                frames.append(Frame(type_, bytes(view[start + HEADER.size : end])))
-                start = end
-        finally:
-            view.release()
-            if kept:
-                del kept[: have if self._broken else start]
-            elif not self._broken:
-                kept += data[start:]
+        at, have = 0, len(view)
+        if self._left and have:
+            at = min(self._left, have)
+            self._left -= at
+            frames.append(Frame(self._type, view[:at]))
+        while have - at >= HEADER.size and not (limit and len(frames) == limit):
+            type_, length = HEADER.unpack_from(view, at)
+            if type_ not in self._accepted or length > MAX_FRAME_BYTES:
+                self._broken = True
+                raise FrameError(f"frame of type {type_} with {length} octets is not acceptable here")
+            start = at + HEADER.size
+            end = start + length
+            if type_ in self._pieces:
+                at = min(end, have)
+                self._type, self._left = type_, end - at
+                if at > start or not length:
+                    frames.append(Frame(type_, view[start:at]))
+            elif have < end:
+                break
+            else:
+                frames.append(Frame(type_, bytes(view[start:end])))
+                at = end
+        self._held += view[at:]
         return frames
 
     @property
     def idle(self) -> bool:
         """Whether the stream stands between two frames, where an EOF is a clean one."""
-        return not self._buffer
+        return not self._held and not self._left
 
 
 def close_frame(stream: int) -> bytes:

@@ -15,7 +15,8 @@ from vmrt.agent import agent_pb2 as pb
 from vmrt.agent import console, frames, namespaces, status
 from vmrt.agent.channel import HANGUP, Channel, Closed, Pollset
 from vmrt.agent.containers import CREATED, RUNNING
-from vmrt.agent.execs import ExecSession, set_window
+from vmrt.agent.execs import ExecSession
+from vmrt.agent.inward import Inward, steer
 from vmrt.agent.output import STDERR
 
 TYPE_CHECKING = False
@@ -25,11 +26,7 @@ if TYPE_CHECKING:
     from vmrt.agent.process import Reaper
 
 _CHUNK = 32768
-_DIAL_READ = 65536
 _DIAL_TIMEOUT_S = 10.0
-# Above layout.STDIN_WINDOW: a connection that is not read any more may hold back its other direction.
-_DIAL_BUFFER = 512 * 1024
-_STDIN_BOUND = 512 * 1024
 
 
 class Streams:
@@ -162,7 +159,7 @@ class AttachSession:
         self._reaper = reaper
         self._container = container
         self._stdin = request.stdin
-        self._stdin_data = bytearray()
+        self._stdin_data = Inward(channel)
         self._stdin_ended = False
 
     def run(self) -> None:
@@ -173,6 +170,7 @@ class AttachSession:
             channel.reply()
             for frame in channel.pending():
                 self._handle(frame)
+            self._write_stdin()
             while not cursor.ended:
                 cursor.clear_wake()
                 while not channel.congested and (chunk := cursor.next()) is not None:
@@ -183,7 +181,7 @@ class AttachSession:
                     channel.flush()
                     return
                 polls = Pollset()
-                polls.add(channel.fileno(), channel.interest(read=len(self._stdin_data) < _STDIN_BOUND))
+                polls.add(channel.fileno(), channel.interest(read=not self._stdin_data.full))
                 polls.add(cursor.wake_fd, select.POLLIN)
                 if self._stdin_data:
                     polls.add(container.stdin_fd, select.POLLOUT)
@@ -196,6 +194,7 @@ class AttachSession:
                 if events & select.POLLIN:
                     for frame in channel.receive():
                         self._handle(frame)
+                    self._write_stdin()
                 elif events & HANGUP:
                     return
         finally:
@@ -209,38 +208,22 @@ class AttachSession:
         try:
             if frame.type == pb.STDIN:
                 if self._stdin and not self._stdin_ended:
-                    self._stdin_data += frame.payload
-                    self._write_stdin()
+                    self._stdin_data.add(frame.payload)
                 else:
                     self._channel.consumed(len(frame.payload))
             elif frame.type == pb.CLOSE and frames.closed_stream(frame) == pb.STDIN:
                 self._stdin_ended = True
-                if self._stdin and container.stdin_once and not self._stdin_data:
-                    container.close_stdin()
-            elif frame.type == pb.RESIZE:
-                window = frame.parse(pb.WindowSize)
-                if container.tty and container.stdin_fd >= 0:
-                    set_window(container.stdin_fd, window.width, window.height)
-            elif frame.type == pb.SIGNAL:
-                number = frame.parse(pb.SignalFrame).signal
-                if container.child is not None and 0 < number <= 64:
-                    self._reaper.signal(container.child, number)
-            else:
+            elif not steer(frame, self._reaper, container.child, container.stdin_fd if container.tty else -1):
                 raise Closed(f"frame of type {frame.type} on an attach stream")
         except frames.FrameError as e:
             raise Closed(str(e)) from e
 
     def _write_stdin(self) -> None:
-        while self._stdin_data:
-            try:
-                written = self._container.write_stdin(bytes(self._stdin_data[:_CHUNK]))
-            except BlockingIOError:
-                return
-            except OSError:
-                written = len(self._stdin_data)  # nobody reads it any more
-            del self._stdin_data[:written]
-            self._channel.consumed(written)
-        if self._stdin_ended and self._container.stdin_once:
+        try:
+            self._stdin_data.write(self._container.write_stdin)
+        except OSError:
+            self._stdin_data.drop()  # nobody reads it any more
+        if self._stdin and self._stdin_ended and not self._stdin_data and self._container.stdin_once:
             self._container.close_stdin()
 
 
@@ -253,7 +236,7 @@ class DialSession:
         self._channel = channel
         self._target = _connect_loopback(port)
         self._target.setblocking(False)
-        self._data = bytearray()  # on its way to the target
+        self._data = Inward(channel)
         self._host_ended = False
         self._told_target = False
         self._target_ended = False
@@ -265,6 +248,7 @@ class DialSession:
             channel.reply()
             for frame in channel.pending():
                 self._handle(frame)
+            self._write_target()
             while not (self._told_target and self._target_ended):
                 self._turn()
             channel.flush()
@@ -276,7 +260,7 @@ class DialSession:
     def _turn(self) -> None:
         channel = self._channel
         polls = Pollset()
-        polls.add(channel.fileno(), channel.interest(read=len(self._data) < _DIAL_BUFFER))
+        polls.add(channel.fileno(), channel.interest(read=not self._data.full))
         wanted = select.POLLOUT if self._data else 0
         if not self._target_ended and not channel.congested:
             wanted |= select.POLLIN
@@ -289,6 +273,7 @@ class DialSession:
         if host & select.POLLIN:
             for frame in channel.receive():
                 self._handle(frame)
+            self._write_target()
         elif host & HANGUP:
             raise Closed("hung up")
         if target & wanted & select.POLLIN or (target & HANGUP and not self._target_ended):
@@ -299,21 +284,16 @@ class DialSession:
     def _handle(self, frame: frames.Frame) -> None:
         try:
             if frame.type == pb.STDIN and not self._host_ended:
-                self._data += frame.payload
+                self._data.add(frame.payload)
             elif frame.type == pb.CLOSE and frames.closed_stream(frame) == pb.STDIN:
                 self._host_ended = True
             else:
                 raise Closed(f"frame of type {frame.type} on a dialled stream")
         except frames.FrameError as e:
             raise Closed(str(e)) from e
-        self._write_target()
 
     def _write_target(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._data:
-                written = self._target.send(self._data)
-                del self._data[:written]
-                self._channel.consumed(written)
+        self._data.write(self._target.sendmsg)
         if self._host_ended and not self._data and not self._told_target:
             self._told_target = True
             with contextlib.suppress(OSError):  # it may have gone meanwhile
@@ -321,11 +301,9 @@ class DialSession:
 
     def _read_target(self) -> None:
         try:
-            data = self._target.recv(_DIAL_READ)
+            if self._channel.congested or self._channel.relay(pb.STDOUT, self._target.fileno()):
+                return
         except BlockingIOError:
-            return
-        if data:
-            self._channel.send_data(pb.STDOUT, data)
             return
         self._target_ended = True
         self._channel.send(frames.close_frame(pb.STDOUT))

@@ -218,7 +218,7 @@ class Session(_Opened):
             if frame is None:
                 raise self._stream.unavailable("the connection ended before the process")
             if frame.type in (pb.STDOUT, pb.STDERR):
-                yield frame.type == pb.STDERR, frame.payload
+                yield frame.type == pb.STDERR, bytes(frame.payload)
             elif frame.type == pb.EXIT:
                 ended = self._stream.parse(frame, pb.ExitFrame)
                 if ended.code > 255 or ended.signal > 127:
@@ -304,7 +304,7 @@ class DialSession(_Opened):
             elif frame.type != pb.STDOUT:
                 raise self._stream.broken(f"frame of type {frame.type} on a dialled stream")
             elif frame.payload:
-                return frame.payload
+                return bytes(frame.payload)
         return b""
 
     async def write(self, data: bytes) -> None:
