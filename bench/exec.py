@@ -2,7 +2,9 @@
 
 The echo is a small C program in a container. Three sides send the same octets and take them back, in turn: the echo,
 `cat` by the agent's stream protocol, and `cat` as a client of the streaming server gets it (WebSocket).
-What `crun exec` would take inside the guest is not measured: no container can enter another one's cgroup.
+
+The first octet is that of `echo`, from the Exec call on, beside `crun exec` of the same in the guest: run by a program
+that goes from a privileged container to where the agent is, and timed there.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from bench.samples import Samples
 from bench.stand import Bench, Stage, create_request, sandbox_config
 from demo import busybox_image
 from demo.daemon import Daemon
+from vmrt.agent.crun import STATE
 from vmrt.agent.layout import STDIN_WINDOW
 from vmrt.agent_client import AgentClient
 from vmrt.cli.connections import Tls, websocket
@@ -26,13 +29,14 @@ from vmrt.errors import VmrtError
 from vmrt.proto.runtime.v1 import api_pb2 as cri
 from vmrt.streaming.websocket import STDIN, STDOUT
 
-ECHO, AGENT, DAEMON = "vsock echo", "agent's stream", "streaming server"
+ECHO, AGENT, DAEMON, CRUN = "vsock echo", "agent's stream", "streaming server", "crun exec"
 RATE, FIRST = "MB/s there and back", "first octet, ms"
 # The rate's ratio is turned round, because a limit is an upper one: at least half is at most twice.
 RATE_LIMIT = 2.0
+FIRST_LIMIT = 2.0
 
 _IMAGE = "docker.io/library/vmrt-bench-echo:latest"
-_SOURCE = Path(__file__).with_name("vsock_echo.c")
+_PROGRAMS = ("vsock_echo", "guest_exec")
 _PORT = 5000
 _BYTES = 16 * 1024 * 1024
 _PIECE = 64 * 1024
@@ -43,33 +47,42 @@ Exchange = Callable[[int], Awaitable[float]]
 
 
 def build_image(directory: Path) -> None:
-    """Write the busybox image with the echo program as an OCI layout. Raises `CalledProcessError` or `OSError`."""
-    program = directory.with_suffix(".echo")
-    subprocess.run(["gcc", "-O2", "-static", "-s", "-o", program, _SOURCE], check=True)
-    echo = busybox_image.layer({"bin/vsock_echo": busybox_image.File(program.read_bytes(), 0o755)})
-    layers = [busybox_image.layer(busybox_image.busybox()), echo]
+    """Write the busybox image with the C programs as an OCI layout. Raises `CalledProcessError` or `OSError`."""
+    programs = {}
+    for name in _PROGRAMS:
+        program = directory.with_suffix(f".{name}")
+        source = Path(__file__).with_name(f"{name}.c")
+        subprocess.run(["gcc", "-O2", "-static", "-s", "-o", program, source], check=True)
+        programs[f"bin/{name}"] = busybox_image.File(program.read_bytes(), 0o755)
+    layers = [busybox_image.layer(busybox_image.busybox()), busybox_image.layer(programs)]
     busybox_image.write_layout(directory, _IMAGE, layers, {"Env": ["PATH=/bin"], "Cmd": ["sh"]})
 
 
 class Rig:
-    """One pod with what is to be measured: an echo and a container for execs."""
+    """One pod with what is to be measured: an echo, a container for execs, and one that may go where the agent is."""
 
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
         runtime = daemon.runtime
         config = sandbox_config("exec")
+        config.linux.security_context.privileged = True
         self.pod = runtime.RunPodSandbox(cri.RunPodSandboxRequest(config=config)).pod_sandbox_id
         status = runtime.PodSandboxStatus(cri.PodSandboxStatusRequest(pod_sandbox_id=self.pod, verbose=True))
         vm = json.loads(status.info["vm"])["id"]
         self.vsock = daemon.root / "vms" / vm / "s" / "vsock"
         self.plain = self._container(config, "plain", ["sleep", "100000"])
         self._container(config, "echo", ["vsock_echo", str(_PORT)])
+        self.guest = self._container(config, "guest", ["sleep", "100000"], in_guest=True)
         self.agent = AgentClient(self.dial, vm)
 
-    def _container(self, config: cri.PodSandboxConfig, name: str, command: list[str]) -> str:
+    def _container(self, config: cri.PodSandboxConfig, name: str, command: list[str], *, in_guest: bool = False) -> str:
         request = create_request(self.pod, config, name)
         request.config.image.image = _IMAGE
         request.config.command[:] = command
+        if in_guest:
+            security = request.config.linux.security_context
+            security.privileged = True
+            security.namespace_options.pid = cri.NODE
         container = str(self.daemon.runtime.CreateContainer(request).container_id)
         self.daemon.runtime.StartContainer(cri.StartContainerRequest(container_id=container))
         return container
@@ -172,6 +185,17 @@ class Rig:
                     return time.monotonic() - began
         raise VmrtError("echo printed nothing", phase="bench exec")
 
+    async def first_by_crun(self) -> float:
+        """Return the seconds from starting `crun exec` of `echo` in the guest to its first octet."""
+        crun = ["crun", "--root", STATE, "--cgroup-manager=cgroupfs", "exec", self.plain, "echo", "x"]
+        told = {False: b"", True: b""}
+        async with self.agent.exec(self.guest, ["guest_exec", *crun]) as session:
+            async for is_stderr, data in session:
+                told[is_stderr] += data
+        if not told[False]:
+            raise VmrtError(f"crun exec: {told[True].decode(errors='replace')}", phase="bench exec")
+        return int(told[False]) / 1e9
+
 
 def _whole(taken: float, left: int) -> float:
     if left:
@@ -189,6 +213,7 @@ async def _measure(rig: Rig, samples: Samples) -> None:
     for _ in range(_FIRSTS):
         samples.add(AGENT, FIRST, await rig.first_by_agent() * 1000)
         samples.add(DAEMON, FIRST, await rig.first_by_daemon() * 1000)
+        samples.add(CRUN, FIRST, await rig.first_by_crun() * 1000)
     await rig.agent.close()
 
 
@@ -220,6 +245,8 @@ def _stage(bench: Bench) -> None:
     measure(bench.cold, bench.samples)
     for whose in (AGENT, DAEMON):
         bench.samples.compare(f"exec there and back: vsock echo / {whose}", (ECHO, RATE), (whose, RATE), RATE_LIMIT)
+    for whose in (AGENT, DAEMON):
+        bench.samples.compare(f"first octet: {whose} / crun exec", (whose, FIRST), (CRUN, FIRST), FIRST_LIMIT)
 
 
 STAGE = Stage("exec", "an exec's streams beside a vsock echo, and its first octet", _stage)
