@@ -8,6 +8,7 @@ from pathlib import Path
 from bench import floor
 from bench.stand import Bench, Stage
 from vmrt import config, guest_image
+from vmrt.hypervisor.domain import QBOOT
 from vmrt.model import GuestImage
 
 _KERNEL, _READY = "QEMU, firmware and kernel", "boot to ready"
@@ -19,10 +20,10 @@ def variants(bench: Bench) -> list[tuple[str, GuestImage, Path | None]]:
     distribution = asyncio.run(guest_image.build(output, kernel_choice="distribution"))
     found: list[tuple[str, GuestImage, Path | None]] = [
         ("distribution, SeaBIOS", distribution, None),
-        ("distribution, qboot", distribution, floor.QBOOT),
+        ("distribution, qboot", distribution, QBOOT),
     ]
     if bench.guest.initramfs is None:  # docs/guest-image.md: the tuned kernel needs none
-        found.append(("tuned, qboot", bench.guest, floor.QBOOT))
+        found.append(("tuned, qboot", bench.guest, QBOOT))
     else:
         print("the tuned kernel was not compiled (make guest-tuned): left out")
     return found

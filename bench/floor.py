@@ -19,9 +19,9 @@ from pathlib import Path
 
 from vmrt.agent.layout import READY_PORT
 from vmrt.hypervisor import virtiofsd
+from vmrt.hypervisor.domain import EMULATED_CMDLINE, EMULATED_CPU_WITHOUT, QBOOT
 from vmrt.model import GuestImage
 
-QBOOT = Path("/usr/share/qemu/qboot.rom")
 _TIMEOUT_S = 60.0
 
 
@@ -104,12 +104,14 @@ def _devices(guest: GuestImage, directory: Path, tap: str, extra: Extra | None) 
 def _command(guest: GuestImage, devices: list[str], *, kvm: bool, firmware: Path | None, extra: str = "") -> list[str]:
     accelerator = "kvm" if kvm else "tcg"
     initramfs = ["-initrd", str(guest.initramfs)] if guest.initramfs else []
+    cpu = "host" if kvm else ",".join(("max", *(f"{name}=off" for name in EMULATED_CPU_WITHOUT)))
+    emulated = "" if kvm else "".join(f" {word}" for word in EMULATED_CMDLINE)
     return [
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-machine", f"q35,accel={accelerator},memory-backend=mem,vmport=off,hpet={'off' if kvm else 'on'}",
-        "-cpu", "host" if kvm else "max,la57=off", "-smp", "1", "-m", "512M",
+        "-cpu", cpu, "-smp", "1", "-m", "512M",
         *(["-bios", str(firmware)] if firmware else []), "-kernel", str(guest.kernel), *initramfs,
-        "-append", f"{guest.cmdline} console=ttyS0 panic=-1{extra}", *devices,
+        "-append", f"{guest.cmdline} console=ttyS0 panic=-1{emulated}{extra}", *devices,
     ]  # fmt: skip
 
 

@@ -58,8 +58,19 @@ def test_direct_kernel_boot_by_qboot() -> None:
 )
 def test_an_image_keeps_its_say_on_the_command_line(given_line: str, line: str) -> None:
     guest = GuestImage("v1", 1, Path("/k"), None, Path("/r"), given_line, "6.1")
-    assert domain.kernel_cmdline(spec(guest=guest)) == line
+    assert domain.kernel_cmdline(spec(guest=guest), "kvm") == line
     assert parsed(spec(guest=guest), wiring()).find("os/initrd") is None
+
+
+def test_an_emulated_cpu_takes_no_string_instructions() -> None:
+    tcg, kvm = parsed(spec(), wiring()), parsed(spec(), wiring(accelerator="kvm"))
+    off = {feature.get("name") for feature in tcg.findall("cpu/feature[@policy='disable']")}
+    assert {"erms", "fsrm"} <= off
+    assert (tcg.findtext("os/cmdline") or "").split()[-1] == "clearcpuid=rep_good"
+    assert kvm.find("cpu/feature") is None
+    assert "clearcpuid" not in (kvm.findtext("os/cmdline") or "")
+    own = GuestImage("v1", 1, Path("/k"), None, Path("/r"), "clearcpuid=0", "6.1")
+    assert domain.kernel_cmdline(spec(guest=own), "tcg").count("clearcpuid") == 1
 
 
 def test_accelerators() -> None:

@@ -34,6 +34,13 @@ PLUG_UNIT_BYTES = 4 * 1024**2
 # Zones for what is plugged: as much of it as the kernel's own share allows is made movable, so that it can go again.
 _HOTPLUG_CMDLINE = ("memhp_default_state=online", "memory_hotplug.online_policy=auto-movable")
 
+# What an emulated CPU is better without. Five-level paging only makes every table walk longer. QEMU's TCG runs string
+# instructions (rep movsb, rep stosq, ...) an element at a time, several times as slow as a loop; "enhanced" and
+# "fast short" ones make the guest's kernel and its C library take them for every copy.
+EMULATED_CPU_WITHOUT = ("la57", "erms", "fsrm")
+# The kernel has a third reason to take them, which it gives itself by the CPU's family (arch/x86/kernel/cpu/amd.c).
+EMULATED_CMDLINE = ("clearcpuid=rep_good",)
+
 # libvirt's domain names end in file names with a prefix of their own; NAME_MAX is 255.
 _NAME_LIMIT = 200
 
@@ -73,15 +80,16 @@ def domain_name(instance: str, vm_id: str) -> str:
     return f"vmrt-{instance}-{vm_id}"[:_NAME_LIMIT]
 
 
-def kernel_cmdline(spec: VmSpec) -> str:
-    """Return the guest's kernel command line: the image's own, plus what this machine's devices need.
+def kernel_cmdline(spec: VmSpec, accelerator: str) -> str:
+    """Return the guest's kernel command line: the image's own, plus what this machine and its devices need.
 
     A panic ends the VM at once (`panic=-1` resets, and a reset ends QEMU), so that it is an event and not a hang. An
     image that says otherwise is left its say.
     """
     given = spec.guest.cmdline.split()
     keys = {word.partition("=")[0] for word in given}
-    wanted = ("console=ttyS0", "panic=-1", *(_HOTPLUG_CMDLINE if pluggable_bytes(spec) else ()))
+    plugging = _HOTPLUG_CMDLINE if pluggable_bytes(spec) else ()
+    wanted = ("console=ttyS0", "panic=-1", *plugging, *(EMULATED_CMDLINE if accelerator != "kvm" else ()))
     return " ".join([*given, *(word for word in wanted if word.partition("=")[0] not in keys)])
 
 
@@ -162,7 +170,7 @@ def domain_xml(spec: VmSpec, wiring: Wiring) -> str:
         backing = ET.SubElement(domain, "memoryBacking")
         ET.SubElement(backing, "source", type="memfd")
         ET.SubElement(backing, "access", mode="shared")
-    _boot(domain, spec)
+    _boot(domain, spec, wiring.accelerator)
     cpu = _processor(domain, wiring.accelerator)
     if extra:
         # Memory can be plugged into a NUMA node only: the one that there is.
@@ -195,7 +203,7 @@ def _metadata(domain: ET.Element, spec: VmSpec, wiring: Wiring) -> None:
     )
 
 
-def _boot(domain: ET.Element, spec: VmSpec) -> None:
+def _boot(domain: ET.Element, spec: VmSpec, accelerator: str) -> None:
     """Direct kernel boot: qboot hands the PVH kernel its control without a BIOS in between."""
     os = ET.SubElement(domain, "os")
     _text(os, "type", "hvm", arch="x86_64", machine="q35")
@@ -203,7 +211,7 @@ def _boot(domain: ET.Element, spec: VmSpec) -> None:
     _text(os, "kernel", str(spec.guest.kernel))
     if spec.guest.initramfs is not None:
         _text(os, "initrd", str(spec.guest.initramfs))
-    _text(os, "cmdline", kernel_cmdline(spec))
+    _text(os, "cmdline", kernel_cmdline(spec, accelerator))
 
 
 def _processor(domain: ET.Element, accelerator: str) -> ET.Element:
@@ -213,9 +221,9 @@ def _processor(domain: ET.Element, accelerator: str) -> ET.Element:
     if accelerator == "kvm":
         cpu = ET.SubElement(domain, "cpu", mode="host-passthrough", check="none", migratable="off")
     else:
-        # Everything TCG can emulate, but not five-level paging, which only makes every table walk longer.
         cpu = ET.SubElement(domain, "cpu", mode="maximum", check="none")
-        ET.SubElement(cpu, "feature", policy="disable", name="la57")
+        for name in EMULATED_CPU_WITHOUT:
+            ET.SubElement(cpu, "feature", policy="disable", name=name)
     # KVM has a clock of its own. An emulated CPU's TSC is measured against the HPET: without one the kernel is left
     # with counting ticks, of which a busy host takes some away, and the guest's time stands still and jumps.
     clock = ET.SubElement(domain, "clock", offset="utc")
