@@ -1,8 +1,9 @@
 """Stage "density": 30 pods started at once, and what a pod costs in memory while there are 30, 10 and 1 of them.
 
 While they start, a client asks for all pods fifty times a second, once as an ordinary process and once at real-time
-priority: on a machine that is busy everywhere an ordinary client waits for a processor, too. Memory is the proportional
-set size (PSS) of a pod's QEMU and helpers, beside that of as many bare VMs.
+priority: on a machine that is busy everywhere an ordinary client waits for a processor, too. A second one at that
+priority asks a grpc.aio server that does nothing (`bench.constant`): the floor of what an answer takes meanwhile.
+Memory is the proportional set size (PSS) of a pod's QEMU and helpers, beside that of as many bare VMs.
 """
 
 from __future__ import annotations
@@ -28,25 +29,31 @@ STORM = "vmrt, storm"
 
 @contextlib.contextmanager
 def listers(daemon: Daemon, samples: Samples) -> Iterator[None]:
-    """Have both clients ask meanwhile, and note how long their answers took."""
-    names = {(): "ListPodSandbox meanwhile", ("fifo",): "ListPodSandbox meanwhile, FIFO client"}
+    """Have the clients ask meanwhile, and note how long their answers took."""
+    nothing = daemon.root / "constant.sock"
     clients = {
-        what: subprocess.Popen(
-            [sys.executable, "-m", "bench.lister", str(daemon.socket), *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for options, what in names.items()
+        "ListPodSandbox meanwhile": [str(daemon.socket)],
+        "ListPodSandbox meanwhile, FIFO client": [str(daemon.socket), "fifo"],
+        "constant octets meanwhile, FIFO client": [str(nothing), "fifo"],
     }
+    floor = _python("bench.constant", str(nothing))
+    assert floor.stdout is not None
+    floor.stdout.readline()
+    asking = {what: _python("bench.lister", *arguments) for what, arguments in clients.items()}
     try:
         yield
     finally:
-        for what, client in clients.items():
+        for what, client in asking.items():
             # Its stdin ends, and so does it.
             out, _ = client.communicate()
             for line in out.splitlines():
                 samples.add(STORM, what, float(line))
+        floor.communicate()
+
+
+def _python(module: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def storm(daemon: Daemon, samples: Samples, count: int) -> list[str]:

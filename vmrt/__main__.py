@@ -92,6 +92,7 @@ async def serve(config: Config) -> None:
             with contextlib.suppress(VmrtError):
                 guest(name)
 
+        asyncio.get_running_loop().set_default_executor(realtime.executor("any"))
         if config.log.level == "debug":
             monitor = LoopMonitor()
             monitor.start()

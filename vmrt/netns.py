@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from vmrt import interfaces
+from vmrt import interfaces, realtime
 from vmrt.errors import NetworkError
 from vmrt.interfaces import InterfaceState
 from vmrt.libc import check, libc
@@ -97,6 +97,7 @@ def inside(netns: Path | None, work: Callable[[], T]) -> T:
     outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def body() -> None:
+        realtime.adopt()
         try:
             if netns is None:
                 _call("unshare", CLONE_NEWNET)

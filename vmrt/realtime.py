@@ -1,9 +1,11 @@
 """The event loop's thread ahead of the machine's load: lists are answered while thirty guests boot on two processors.
 
 The loop works for fractions of a millisecond and then sleeps, but on a busy machine it stands in the line of those who
-compute for seconds each time that it wakes. With SCHED_RR (sched(7)) it does not. Threads and processes that it makes
-are ordinary ones (SCHED_RESET_ON_FORK): QEMU, converters and plugins never have this priority. A loop that ran wild
-would be held to the 95 % of kernel.sched_rt_runtime_us; `vmrt.loop_monitor` watches for less than that.
+compute for seconds each time that it wakes. With SCHED_RR (sched(7)) it does not. Nor do the threads that do its short
+blocking work: one that stood in that line with the interpreter's lock in its hand would have the loop stand there, too.
+Threads and processes that they make are ordinary ones (SCHED_RESET_ON_FORK): QEMU, converters of images and plugins
+never have this priority. A loop that ran wild would be held to the 95 % of kernel.sched_rt_runtime_us;
+`vmrt.loop_monitor` watches for less than that.
 
 One exception: a child shares the parent's memory until it executes its program (vfork(2)), and the parent waits. In
 `hurried` the child inherits the priority, so that this takes no turn in the line; `ORDINARY` gives it up again, and it
@@ -17,6 +19,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _POLICY = os.SCHED_RR
@@ -25,6 +28,7 @@ _PARAMETER = os.sched_param(1)
 _CHRT = shutil.which("chrt")
 ORDINARY: tuple[str, ...] = () if _CHRT is None else (_CHRT, "--other", "0")
 
+WORKER = "vmrt-work"
 _POLLER = "_poll_wrapper"
 _NATIVE = ("event_engine", "grpc_")
 
@@ -33,14 +37,14 @@ _threads: set[int] = set()
 
 
 def enter() -> str:
-    """Give the calling thread and those of grpc the priority; return why not, "" when it was given.
+    """Give the calling thread, grpc's and the workers the priority; return why not, "" when it was given.
 
-    To be called in the loop's thread when the server is open. Workers, which convert images for seconds, stay ordinary.
+    To be called in the loop's thread when the server is open. Converters of images, busy for seconds, stay ordinary.
     """
     if not ORDINARY:
         return "chrt (util-linux) is not installed"
     try:
-        for thread in (threading.get_native_id(), *servers()):
+        for thread in (threading.get_native_id(), *servers(), *_workers()):
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setscheduler(thread, _POLICY | os.SCHED_RESET_ON_FORK, _PARAMETER)
                 _threads.add(thread)
@@ -58,6 +62,31 @@ def servers() -> list[int]:
             if (entry / "comm").read_text().startswith(_NATIVE):
                 found.append(int(entry.name))
     return found
+
+
+def executor(name: str, threads: int | None = None) -> ThreadPoolExecutor:
+    """Return an executor for short blocking work, whose threads have the priority while the loop has it."""
+    return ThreadPoolExecutor(threads, f"{WORKER}-{name}", initializer=_join)
+
+
+def _workers() -> list[int]:
+    return [t.native_id for t in threading.enumerate() if t.name.startswith(WORKER) and t.native_id is not None]
+
+
+def _join() -> None:
+    if adopt():
+        _threads.add(threading.get_native_id())
+
+
+def adopt() -> bool:
+    """Give the calling thread, made for one piece of short work, the priority if the loop has it; say if it got it."""
+    if not _threads:
+        return False
+    try:
+        os.sched_setscheduler(0, _POLICY | os.SCHED_RESET_ON_FORK, _PARAMETER)
+    except OSError:
+        return False
+    return True
 
 
 def leave() -> None:

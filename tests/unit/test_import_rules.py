@@ -20,6 +20,7 @@ LINE_LIMIT = 500
 LEAVES = frozenset(
     {
         *("vmrt.errors", "vmrt.model", "vmrt.config", "vmrt.spawn", "vmrt.number_list", "vmrt.libc"),
+        "vmrt.realtime",
         *("vmrt.agent.layout", "vmrt.agent.agent_pb2"),
     }
 )

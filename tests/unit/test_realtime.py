@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,36 @@ def test_only_the_calling_thread_has_it_and_threads_do_not_inherit_it(entered: N
     thread.start()
     thread.join()
     assert seen == [os.SCHED_OTHER]
+
+
+def test_workers_share_it_and_what_they_make_does_not() -> None:
+    """Also those that worked before it came, and those that come later; an ordinary executor's stay out."""
+    with (
+        realtime.executor("early", 1) as early,
+        realtime.executor("late", 1) as late,
+        ThreadPoolExecutor(1) as converters,
+    ):
+        assert [pool.submit(policy).result() for pool in (early, converters)] == [os.SCHED_OTHER] * 2
+        if why_not := realtime.enter():
+            pytest.skip(f"no real-time priority here: {why_not}")
+        try:
+            pools = (early, late, converters)
+            assert [pool.submit(policy).result() for pool in pools] == [os.SCHED_RR, os.SCHED_RR, os.SCHED_OTHER]
+            made = late.submit(subprocess.run, ["python3", "-c", POLICY], capture_output=True, check=True).result()
+            assert made.stdout.decode().strip() == str(os.SCHED_OTHER)
+        finally:
+            realtime.leave()
+        assert [pool.submit(policy).result() for pool in pools] == [os.SCHED_OTHER] * 3
+
+
+def test_a_thread_of_its_own_has_it_when_it_asks(entered: None) -> None:
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(policy() if realtime.adopt() else -1))
+    thread.start()
+    thread.join()
+    assert seen == [os.SCHED_RR]
+    realtime.leave()
+    assert not realtime.adopt()
 
 
 def test_leaving_gives_it_back(entered: None) -> None:

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vmrt import realtime
 from vmrt.errors import VmError, VmGoneError, VmrtError
 from vmrt.hypervisor.domain import METADATA_URI, DomainIdentity, identity_in
 
@@ -138,7 +139,7 @@ class LibvirtHost:
 
         The probe of a fresh root costs seconds: here, so that no pod pays for it.
         """
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="libvirt")
+        self._threads = realtime.executor("libvirt", _THREADS)
         loop = asyncio.get_running_loop()
 
         def changed(_connection: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
@@ -379,7 +380,7 @@ def _start_event_loop() -> None:
             return
         libvirt.registerErrorHandler(lambda _context, _error: None, None)
         libvirt.virEventRegisterDefaultImpl()
-        threading.Thread(target=_run_events, name="libvirt-events", daemon=True).start()
+        threading.Thread(target=_run_events, name=f"{realtime.WORKER}-libvirt-events", daemon=True).start()
         _event_loop_started = True
 
 

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vmrt import spawn
+from vmrt import realtime, spawn
 from vmrt.errors import VmGoneError, VmrtError
 from vmrt.libc import check, libc
 from vmrt.pods import mount_tree
@@ -85,6 +85,7 @@ class ShareNamespace:
         outcome: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def body() -> None:
+            realtime.adopt()
             try:
                 # A mount namespace has a root and a working directory: who enters one must not share them.
                 check(libc().unshare(_CLONE_FS), "unshare")
