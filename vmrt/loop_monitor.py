@@ -2,9 +2,8 @@
 
 A thread of its own asks the loop for a sign of life a hundred times a second. When none comes within the limit it notes
 where the loop's thread is, and reports how long it was away once it is back. The time that the thread was ready to run
-and got no processor (kernel Documentation/scheduler/sched-stats.rst, schedstat's second field) is taken off, and so is
-the longest such time of our other threads, since one of them may have held the interpreter's lock: a busy machine is
-nobody's fault here. On with `log.level = "debug"`.
+and got no processor (`vmrt.schedstat`) is taken off, and so is the longest such time of our other threads, since one of
+them may have held the interpreter's lock: a busy machine is nobody's fault here. On with `log.level = "debug"`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from pathlib import Path
+
+from vmrt import schedstat
 
 log = logging.getLogger(__name__)
 
@@ -55,34 +55,20 @@ class LoopMonitor:
             # `stop` says that it is the end before it says that the loop is alive: one of the two is seen here.
             if self._stopped.is_set():
                 return
-            asked, waited = time.monotonic(), _run_delay_s(native)
+            asked, waited = time.monotonic(), schedstat.waited_s(native)
             loop.call_soon_threadsafe(self._alive.set)
             if self._alive.wait(self._limit_s):
                 continue
             frame = sys._current_frames().get(target)
             where = "" if frame is None else "".join(traceback.format_stack(frame)[-_FRAMES:])
             del frame
-            others = _run_delays_s()
+            others = schedstat.all_waited_s()
             self._alive.wait()
             if self._stopped.is_set():
                 return
-            away_s = time.monotonic() - asked - (_run_delay_s(native) - waited)
-            lost_s = [delay - others.get(t, delay) for t, delay in _run_delays_s().items() if t != native]
+            away_s = time.monotonic() - asked - (schedstat.waited_s(native) - waited)
+            lost_s = [delay - others.get(t, delay) for t, delay in schedstat.all_waited_s().items() if t != native]
             away_s -= max(lost_s, default=0.0)
             if away_s > self._limit_s:
                 log.warning("the loop was blocked for %.0f ms; after %.0f it was at:\n%s",
                             away_s * 1000, self._limit_s * 1000, where)  # fmt: skip
-
-
-def _run_delays_s() -> dict[int, float]:
-    """Return how long each thread of ours has waited for a processor."""
-    threads = [int(entry.name) for entry in Path("/proc/self/task").iterdir()]
-    return {thread: _run_delay_s(thread) for thread in threads}
-
-
-def _run_delay_s(thread: int) -> float:
-    """Return how long a thread of ours has waited for a processor; 0 where the kernel does not count it."""
-    try:
-        return int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[1]) / 1e9
-    except (OSError, ValueError, IndexError):
-        return 0.0

@@ -153,7 +153,9 @@ def test_guests_that_never_answer(impatient: Daemon, tmp_path: Path) -> None:
         assert failure.code() is CODE.UNKNOWN
         what, _, console = (failure.details() or "").partition(CONSOLE)
         assert what.startswith("boot, vm ")
-        assert f"did not report within {BOOT_TIMEOUT_S} s (hypervisor.boot_timeout_s bounds it)" in what
+        # A busy machine's part is told between the two.
+        assert f"did not report within {BOOT_TIMEOUT_S} s" in what
+        assert "(hypervisor.boot_timeout_s bounds it)" in what
         assert last_words in console
     assert before.left() == {}
 

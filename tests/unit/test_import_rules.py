@@ -20,7 +20,7 @@ LINE_LIMIT = 500
 LEAVES = frozenset(
     {
         *("vmrt.errors", "vmrt.model", "vmrt.config", "vmrt.spawn", "vmrt.number_list", "vmrt.libc"),
-        "vmrt.realtime",
+        *("vmrt.realtime", "vmrt.schedstat"),
         *("vmrt.agent.layout", "vmrt.agent.agent_pb2"),
     }
 )
@@ -49,9 +49,10 @@ RULES = {
     "vmrt.number_list": rule(),
     "vmrt.libc": rule(),
     "vmrt.realtime": rule(),
+    "vmrt.schedstat": rule(),
     "vmrt.spawn": rule("vmrt.errors", "vmrt.realtime"),
     "vmrt.store": rule("vmrt.errors", "vmrt.model", outside=("msgspec",)),
-    "vmrt.loop_monitor": rule(),
+    "vmrt.loop_monitor": rule("vmrt.schedstat"),
     "vmrt.agent": rule(outside=("google.protobuf",)),
     "vmrt.agent_client": rule(
         # The wire formats, shared by both ends.

@@ -34,6 +34,7 @@ from vmrt.hypervisor import (
 )
 from vmrt.hypervisor.accel import Accelerator, KvmProbe
 from vmrt.hypervisor.access import ROOT_USER, QemuUser, require_passable, require_readable, require_short
+from vmrt.hypervisor.boot_limit import BootLimit
 from vmrt.hypervisor.console import Console, ConsoleRing
 from vmrt.hypervisor.libvirt_host import DomainChange, LibvirtHost
 from vmrt.hypervisor.record import Helper, VmPaths, VmRecord, paths_of, read, write
@@ -130,13 +131,14 @@ class LibvirtHypervisor:
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self._tear_down, vm)
             self._vms[spec.vm_id] = vm
+            limit = BootLimit(self._config.boot_timeout_s, lambda: vm.record.qemu.pid if vm.record.qemu else None)
             try:
-                async with asyncio.timeout(self._config.boot_timeout_s):
+                async with limit():
                     await self._start(vm, spec)
                     await until_ready(vm)
             except TimeoutError as e:
                 raise VmError(
-                    f"the guest's agent did not report within {self._config.boot_timeout_s:g} s",
+                    f"the guest's agent did not report within {limit}",
                     phase="boot",
                     resource=resource,
                     hint="hypervisor.boot_timeout_s bounds it",
