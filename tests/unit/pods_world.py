@@ -93,6 +93,7 @@ class World:
         self.frozen = False  # the daemon is dead: whatever its code still does has no effect
         self.victim: asyncio.Task[Any] | None = None
         self.daemons: list[PodService] = []
+        self._opened: FaultyStore | None = None
 
     async def restart(self) -> None:
         """Start a daemon on what there is; the one before, if any, is dead without a word."""
@@ -101,7 +102,9 @@ class World:
         await asyncio.sleep(0)
         # Every step is counted here: nothing may happen in the background.
         self.config = Config(root=self.root, pool=PoolConfig(size=0), hypervisor=HypervisorConfig(share=False))
-        self.store = FaultyStore(self)
+        if self._opened is not None:
+            self._opened.close()  # as the kernel does for a dead daemon
+        self.store = self._opened = FaultyStore(self)
         self.hypervisor = Hypervisor(self)
         self.network = Network(self)
         self.images = Images(self)

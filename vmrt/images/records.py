@@ -85,6 +85,9 @@ class Records:
             for diff_id, size_bytes, opaque_root in database.execute("SELECT * FROM layer"):
                 self.layers[diff_id] = LayerRecord(diff_id, size_bytes, bool(opaque_root))
             self.blobs = dict(database.execute("SELECT * FROM blob"))
+        except ImageError:
+            self.close()
+            raise
         except (sqlite3.Error, msgspec.DecodeError) as e:
             self.close()
             raise ImageError(
