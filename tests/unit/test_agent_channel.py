@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from vmrt.agent import agent_pb2 as pb
-from vmrt.agent import channel, frames, inward, layout
+from vmrt.agent import channel, frames, inward, layout, sockets
 
 
 @pytest.fixture
@@ -23,6 +23,33 @@ def ends() -> Iterator[tuple[channel.Channel, socket.socket]]:
     yield channel.Channel(ours), theirs
     for end in (ours, theirs):
         end.close()
+
+
+def test_no_send_is_larger_than_one_packet_that_the_device_takes() -> None:
+    """A socket that keeps each send(2) apart, as a vsock makes a packet of each."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    data = os.urandom(3 * layout.MAX_FRAME_BYTES + 5000)
+    packets: list[bytes] = []
+
+    def read() -> None:
+        while packet := theirs.recv(2 * layout.MAX_FRAME_BYTES):
+            packets.append(packet)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with ours, theirs:
+        agent = channel.Channel(ours)
+        with tempfile.TemporaryFile(buffering=0) as source:
+            source.write(data)
+            source.seek(0)
+            assert agent.relay(pb.STDOUT, source.fileno()) == len(data)
+        agent.send(frames.encode_data(pb.STDERR, data))
+        agent.flush()
+        sockets.send_all(ours, data, 60)
+        ours.shutdown(socket.SHUT_WR)
+        reader.join(60)
+    assert b"".join(packets).endswith(frames.encode_data(pb.STDERR, data) + data)
+    assert max(map(len, packets)) == layout.VSOCK_SEND_BYTES
 
 
 def say_hello(to: channel.Channel, host: socket.socket) -> None:

@@ -15,10 +15,9 @@ import time
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent import frames, status
-from vmrt.agent.layout import MAX_FRAME_BYTES, STDIN_ACK
+from vmrt.agent.layout import MAX_FRAME_BYTES, STDIN_ACK, VSOCK_SEND_BYTES
 
 _READ = 64 * 1024
-_WRITE = 64 * 1024
 # Sources are not read while more than this waits for the socket: the kernel's flow control is the back-pressure.
 _HIGH_WATER = 128 * 1024
 HELLO_TIMEOUT_S = 10.0
@@ -177,7 +176,7 @@ class Channel:
                 return
             self._keep(self._rest[sent:])
         while self._out:
-            sent = self._send(memoryview(self._out)[:_WRITE])
+            sent = self._send(memoryview(self._out))
             if not sent:
                 return
             del self._out[:sent]
@@ -185,7 +184,7 @@ class Channel:
     def _send(self, data: memoryview) -> int:
         """Return how many octets the socket takes. Raises `Closed`."""
         try:
-            return self._connection.send(data)
+            return self._connection.send(data[:VSOCK_SEND_BYTES])
         except BlockingIOError:
             return 0
         except OSError as e:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import _socket
 import select
 
+from vmrt.agent.layout import VSOCK_SEND_BYTES
+
 # linux/vm_sockets.h
 CID_ANY = 0xFFFFFFFF
 CID_HOST = 2
@@ -51,7 +53,7 @@ def send_all(connection: _socket.socket, data: bytes, timeout_s: float) -> None:
     poll.register(connection.fileno(), select.POLLOUT)
     while view:
         try:
-            view = view[connection.send(view, _socket.MSG_DONTWAIT) :]
+            view = view[connection.send(view[:VSOCK_SEND_BYTES], _socket.MSG_DONTWAIT) :]
         except BlockingIOError:
             if not poll.poll(timeout_s * 1000):
                 raise TimeoutError(f"the peer has taken nothing for {timeout_s:g} s") from None
