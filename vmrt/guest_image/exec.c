@@ -320,7 +320,6 @@ static void open_terminal(void)
     struct statfs_buffer place;
     i64 slave, master;
 
-    check(CALL0(__NR_setsid), "setsid");
     master = check(CALL3(__NR_open, "/dev/ptmx", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC, 0), "open /dev/ptmx");
     check(CALL2(__NR_fstat, master, &info), "fstat /dev/ptmx");
     check(CALL2(__NR_fstatfs, master, &place), "fstatfs /dev/ptmx");
@@ -477,6 +476,7 @@ __attribute__((noreturn)) static void become_process(void)
     const char *name = plan.arguments[0];
     i64 moved, found;
 
+    check(CALL0(__NR_setsid), "setsid");
     if (plan.terminal)
         open_terminal();
     moved = change_directory();
