@@ -50,11 +50,12 @@ def test_devices_of_the_guest(pod: Pod) -> None:
     """They are the guest's, under the name asked for, with the permissions asked for."""
     script = """
         stat -c '%n %F %t:%T' /dev/fuse /dev/tunnel
-        : < /dev/tunnel && echo may be read
-        (: <> /dev/tunnel) 2>&1 | grep -o 'Operation not permitted'
+        : < /dev/fuse && echo may be read
+        (: <> /dev/fuse) 2>&1 | grep -o 'Operation not permitted'
         [ -e /dev/net/tun ] || echo only under the name asked for
     """
-    devices = [device("/dev/fuse"), device("/dev/net/tun", "/dev/tunnel", "r")]
+    # The tunnel's permissions say little: crun 1.21 of Debian 13 gives it to every container, as runc did for years.
+    devices = [device("/dev/fuse", permissions="r"), device("/dev/net/tun", "/dev/tunnel")]
     told = pod.output("sh", "-c", script, devices=devices)
     assert told.splitlines() == [
         "/dev/fuse character special file a:e5",
