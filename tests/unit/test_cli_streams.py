@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import threading
 from collections.abc import AsyncIterator
 
@@ -22,6 +23,13 @@ from vmrt.streaming.server import StreamServer
 from vmrt.streaming.spdy_session import SpdySession
 from vmrt.streaming.stream import PeerGoneError
 from vmrt.streaming.targets import ExecRequest, PortForwardRequest
+
+
+def test_a_ca_without_a_key_identifier_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = ssl.create_default_context()
+    strict.verify_flags |= ssl.VERIFY_X509_STRICT  # what Python 3.13 makes of it
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: strict)
+    assert not Tls().context().verify_flags & ssl.VERIFY_X509_STRICT
 
 
 @pytest.fixture
