@@ -38,8 +38,10 @@ _HOTPLUG_CMDLINE = ("memhp_default_state=online", "memory_hotplug.online_policy=
 # instructions (rep movsb, rep stosq, ...) an element at a time, several times as slow as a loop; "enhanced" and
 # "fast short" ones make the guest's kernel and its C library take them for every copy.
 EMULATED_CPU_WITHOUT = ("la57", "erms", "fsrm")
-# The kernel has a third reason to take them, which it gives itself by the CPU's family (arch/x86/kernel/cpu/amd.c).
-EMULATED_CMDLINE = ("clearcpuid=rep_good",)
+# The kernel has two more reasons to do so. rep_good it gives itself by the CPU's family (arch/x86/kernel/cpu/amd.c).
+# 395 is "fast short rep stosb" (asm/cpufeatures.h: X86_FEATURE_FSRS, 12 * 32 + 11, which has no name); QEMU 10 offers
+# it, Linux 6.12 takes it, and libvirt 9 would refuse a domain that names it. A kernel that does not know it ignores it.
+EMULATED_CMDLINE = ("clearcpuid=rep_good,395",)
 
 # libvirt's domain names end in file names with a prefix of their own; NAME_MAX is 255.
 _NAME_LIMIT = 200
