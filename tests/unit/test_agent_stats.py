@@ -73,6 +73,11 @@ def test_interfaces_without_the_loopback() -> None:
     assert (eth0.tx_bytes, eth0.tx_packets, eth0.tx_errors, eth0.tx_dropped) == (50, 6, 7, 8)
 
 
+def test_the_pods_own_interface_is_the_first_and_the_others_are_in_order() -> None:
+    lines = "".join(f"  {name}: 1 2 3 4 0 0 0 0 50 6 7 8 0 0 0 0\n" for name in ("lo", "pod0", "net2", "net1"))
+    assert [each.name for each in stats.interfaces(f"Inter-|\n face |\n{lines}")] == ["pod0", "net1", "net2"]
+
+
 @given(st.text(alphabet="some full=avg10360:.1-\n "))
 def test_damaged_files_are_skipped(text: str) -> None:
     stats.pressure(text)

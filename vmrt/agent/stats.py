@@ -160,7 +160,8 @@ def interfaces(text: str) -> list[pb.InterfaceStat]:
                 tx_dropped=values[11],
             )
         )
-    return found
+    # The kernel's order behind the pod's own one is that of the plugging, which happens side by side.
+    return [*found[:1], *sorted(found[1:], key=lambda interface: interface.name)]
 
 
 def descriptors(processes: Iterable[int]) -> tuple[int, int]:
