@@ -49,6 +49,7 @@ class FakeVm:
     console: str = "fake kernel\nvmrt-agent: ready\n"
     booted_bytes: int = field(init=False)
     confinement: Confinement = field(default_factory=Confinement)
+    oom_score_adj: int = 0
     nics: dict[str, str] = field(default_factory=dict)  # those beyond the first, by tap
 
     def __post_init__(self) -> None:
@@ -195,6 +196,10 @@ class FakeHypervisor:
         if wanted.cpus is not None and max(wanted.cpus) >= 1000:
             raise VmError("the host has no such CPUs", phase="cpuset", resource=f"vm {vm_id}")
         vm.confinement = wanted
+
+    async def weigh(self, vm_id: str, oom_score_adj: int) -> None:
+        self._call("weigh", vm_id, str(oom_score_adj))
+        self._running(vm_id).oom_score_adj = oom_score_adj
 
     async def resize(self, vm_id: str, vcpus: int, memory_bytes: int) -> VmSize:
         self._call("resize", vm_id, str(vcpus), str(memory_bytes))

@@ -38,6 +38,7 @@ __all__ = [
     "loop_device",
     "make",
     "need_real",
+    "oom_scores_of",
     "opened",
     "real_guest",
     "root",
@@ -74,6 +75,12 @@ def real_guest() -> GuestImage:
 def make(**settings: object) -> LibvirtHypervisor:
     """Return a driver on the root: each is a daemon of its own."""
     return LibvirtHypervisor(HypervisorConfig(**settings), root(), INSTANCE)  # type: ignore[arg-type]
+
+
+def oom_scores_of(hypervisor: Hypervisor, vm_id: str) -> set[int]:
+    """Return what QEMU, its helpers and their children have."""
+    pids = [pid for process in hypervisor.processes(vm_id) for pid in cgroup.family(process.pid)]
+    return {int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in pids}
 
 
 def cpus_of(hypervisor: Hypervisor, vm_id: str) -> set[frozenset[int]]:

@@ -35,6 +35,7 @@ class Subject:
     kill: Callable[[Hypervisor, str], None]  # ends a VM behind the driver's back
     leftovers: Callable[[], list[str]]
     cpus: Callable[[Hypervisor, str], set[frozenset[int]]]  # what each thread of a VM may run on
+    oom_scores: Callable[[Hypervisor, str], set[int]]  # oom_score_adj of each process of a VM
 
 
 def fake(directory: Path) -> Subject:
@@ -55,6 +56,7 @@ def fake(directory: Path) -> Subject:
         lambda: FakeHypervisor(host, boot_timeout_s=0.01),
         *(guest, disk, kill, lambda: list(host.vms)),
         lambda _, vm_id: {host.vms[vm_id].confinement.cpus or frozenset(os.sched_getaffinity(0))},
+        lambda _, vm_id: {host.vms[vm_id].oom_score_adj},
     )
 
 
@@ -70,6 +72,7 @@ def libvirt() -> Subject:
         kill,
         real.leftovers,
         real.cpus_of,
+        real.oom_scores_of,
     )
 
 
@@ -202,6 +205,18 @@ async def test_a_vm_grows_and_gives_back(subject: Subject, hypervisor: Hyperviso
     assert has.vcpus == 2
     assert await hypervisor.resize("one", 2, 300 * mib) == dataclasses.replace(small, vcpus=2, memory_bytes=300 * mib)
     assert await reaches_agent(hypervisor, "one")
+
+
+async def test_a_vm_is_weighed_for_the_oom_killer(subject: Subject, hypervisor: Hypervisor) -> None:
+    """QEMU and its helpers: nothing but that is seen here, since a kill would take the whole machine's memory."""
+    await hypervisor.boot(real.spec("one", subject.guest))
+    (ordinary,) = subject.oom_scores(hypervisor, "one")  # 0, unless this machine lets nobody have so little
+    await hypervisor.weigh("one", 1000)
+    assert subject.oom_scores(hypervisor, "one") == {1000}
+    await hypervisor.weigh("one", ordinary)
+    assert subject.oom_scores(hypervisor, "one") == {ordinary}
+    with pytest.raises(VmGoneError):
+        await hypervisor.weigh("none", 1)
 
 
 async def test_a_vm_is_kept_to_cpus(subject: Subject, hypervisor: Hypervisor) -> None:

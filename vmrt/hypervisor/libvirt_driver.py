@@ -25,6 +25,7 @@ from vmrt.hypervisor import (
     domain,
     emulator,
     nics,
+    oom,
     placement,
     priority,
     size,
@@ -137,26 +138,16 @@ class LibvirtHypervisor:
                     await self._start(vm, spec)
                     await until_ready(vm)
             except TimeoutError as e:
-                raise VmError(
-                    f"the guest's agent did not report within {limit}",
-                    phase="boot",
-                    resource=resource,
-                    hint="hypervisor.boot_timeout_s bounds it",
-                    console=vm.console.tail(_CONSOLE_IN_ERRORS_BYTES),
-                ) from e
+                message = f"the guest's agent did not report within {limit}"
+                raise _boot_failed(vm, message, "hypervisor.boot_timeout_s bounds it") from e
             except VmError as e:
                 await vm.console.drain(_CONSOLE_DRAIN_S if vm.end is not None else 0)
-                raise VmError(
-                    e.message,
-                    phase="boot",
-                    resource=resource,
-                    hint=e.hint,
-                    console=vm.console.tail(_CONSOLE_IN_ERRORS_BYTES),
-                ) from e
+                raise _boot_failed(vm, e.message, e.hint) from e
             if spec.cgroup_parent:
                 await placement.place(self._cgroups, vm, spec.cgroup_parent, cgroup.Part.LATE)
             if spec.background and vm.record.qemu is not None:
                 await asyncio.to_thread(priority.set_nice, vm.record.qemu, priority.NORMAL)
+            await asyncio.to_thread(oom.disinherit, vm.processes())
             vm.note(ready=True)
             vm.move(VmState.RUNNING)
             undo.pop_all()
@@ -317,6 +308,11 @@ class LibvirtHypervisor:
         """Keep a VM to CPUs and memory nodes of the host."""
         async with self._while_it_runs(vm_id, "cpuset") as vm:
             await placement.keep(vm, wanted)
+
+    async def weigh(self, vm_id: str, oom_score_adj: int) -> None:
+        """Say how readily the host's OOM killer takes a VM."""
+        async with self._while_it_runs(vm_id, "OOM score") as vm:
+            await asyncio.to_thread(oom.weigh, vm.processes(), oom_score_adj)
 
     async def resize(self, vm_id: str, vcpus: int, memory_bytes: int) -> VmSize:
         """Enlarge a VM to at least this size, or ask it to give memory back; return what it has then."""
@@ -496,3 +492,8 @@ class LibvirtHypervisor:
         self._teardowns.add(task)
         task.add_done_callback(self._teardowns.discard)
         return task
+
+
+def _boot_failed(vm: Vm, message: str, hint: str) -> VmError:
+    tail = vm.console.tail(_CONSOLE_IN_ERRORS_BYTES)
+    return VmError(message, phase="boot", resource=f"vm {vm.vm_id}", hint=hint, console=tail)

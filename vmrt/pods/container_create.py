@@ -38,6 +38,7 @@ from vmrt.pods import (
     guest_volumes,
     image_volumes,
     oci,
+    oom_scores,
     pod_vm,
     resize,
     seccomp,
@@ -103,6 +104,7 @@ async def create_container(table: PodTable, sandbox: LiveSandbox, spec: Containe
             for image_id in {image.id, *(volume.id for volume in volume_images.values())}:
                 table.images.retain(image_id, container_id)
             await cpusets.settle(table, sandbox)
+            await oom_scores.settle(table, sandbox)
             await resize.make_room(table, sandbox, spec.resources)
             await block_devices.attach(table, sandbox, blocks)
             prepared = await container_mounts.prepare(table, sandbox, container_id, full.mounts, plan)
@@ -161,6 +163,7 @@ async def undo_create(table: PodTable, sandbox: LiveSandbox | None, live: LiveCo
     table.images.release(live.id)
     table.forget_container(live)
     cpusets.settle_later(table, live.record.sandbox_id)
+    oom_scores.settle_later(table, live.record.sandbox_id)
     resize.give_back_later(table, live)
 
 

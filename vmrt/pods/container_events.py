@@ -9,7 +9,7 @@ import time
 from vmrt.agent import agent_pb2 as pb
 from vmrt.errors import NotFoundError, VmGoneError, VmrtError
 from vmrt.model import VmEvent, VmEventKind
-from vmrt.pods import cpusets
+from vmrt.pods import cpusets, oom_scores
 from vmrt.pods.records import ContainerState, SandboxState
 from vmrt.pods.table import LiveContainer, LiveSandbox, PodTable
 
@@ -75,6 +75,7 @@ def finish(
     }
     table.save_container(live, record.moved(ContainerState.EXITED, **changes))
     cpusets.settle_later(table, record.sandbox_id)
+    oom_scores.settle_later(table, record.sandbox_id)
     log.info("container %s exited with %d (%s)", live.id[:13], exit_code, reason)
 
 

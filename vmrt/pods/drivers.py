@@ -91,6 +91,13 @@ class Hypervisor(Protocol):
         """
         ...
 
+    async def weigh(self, vm_id: str, oom_score_adj: int) -> None:
+        """Say how readily the host's OOM killer takes a VM with its helpers: -1000 (never) to 1000 (first), 0 at first.
+
+        A value that the host does not allow becomes the nearest that it does. It outlives the driver.
+        """
+        ...
+
     async def resize(self, vm_id: str, vcpus: int, memory_bytes: int) -> VmSize:
         """Give a VM this size while it runs; return what it has then.
 

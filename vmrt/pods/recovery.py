@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.errors import VmGoneError, VmrtError
-from vmrt.pods import container_create, container_mounts, cpusets, pod_vm, scratch, volumes
+from vmrt.pods import container_create, container_mounts, cpusets, oom_scores, pod_vm, scratch, volumes
 from vmrt.pods.container_events import exited, finish, watch
 from vmrt.pods.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
 from vmrt.pods.release import release, remove_state
@@ -152,6 +152,7 @@ async def _take_over(table: PodTable, live: LiveSandbox, containers: Sequence[Li
         log.warning("sandbox %s: removing container %s, which has no record", live.id[:13], unknown[:13])
         await agent.remove_container(unknown)
     await cpusets.settle_again(table, live)
+    await oom_scores.settle(table, live)
     if live.events is None and live.record.state is SandboxState.READY:
         live.events = table.background(watch(table, live), f"events {live.id[:13]}")
 

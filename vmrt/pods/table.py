@@ -45,8 +45,10 @@ class LiveSandbox:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     # Who changes the VM's size; the innermost lock, since a container's update may come to it while it holds its own.
     size_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    # Who changes which of the host's CPUs the VM may use (vmrt/pods/cpusets.py).
+    # Who changes how the host treats the VM (vmrt/pods/cpusets.py, oom_scores.py).
     confine_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # What the VM's processes have, as far as this daemon has set it (vmrt/pods/oom_scores.py).
+    oom_score_adj: int | None = None
     agent: AgentClient | None = None
     events: asyncio.Task[None] | None = None
     # Layer disks by serial: a future that ends when the disk is in the VM.
