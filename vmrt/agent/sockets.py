@@ -14,6 +14,10 @@ from vmrt.agent.layout import VSOCK_SEND_BYTES
 # linux/vm_sockets.h
 CID_ANY = 0xFFFFFFFF
 CID_HOST = 2
+_BUFFER_SIZE, _BUFFER_MAX_SIZE = 0, 2
+# What the host may have on its way on a connection. With the kernel's 256 KiB a whole window of stdin would fit but for
+# its frames' headers, and each turn of a session would be followed by one for 20 octets.
+_BUFFER_BYTES = 512 * 1024
 
 
 def listen_vsock(port: int, backlog: int = 1024) -> _socket.socket:
@@ -24,6 +28,8 @@ def listen_vsock(port: int, backlog: int = 1024) -> _socket.socket:
     """
     listener = _socket.socket(_socket.AF_VSOCK, _socket.SOCK_STREAM)
     try:
+        for option in (_BUFFER_MAX_SIZE, _BUFFER_SIZE):  # the connections have the listener's
+            listener.setsockopt(_socket.AF_VSOCK, option, _BUFFER_BYTES)
         listener.bind((CID_ANY, port))
         listener.listen(backlog)
     except OSError:

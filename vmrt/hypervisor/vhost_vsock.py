@@ -16,9 +16,9 @@ from vmrt.hypervisor.vsock import HYBRID_GUEST_CID
 from vmrt.spawn import ProcessId
 
 _START_TIMEOUT_S = 5.0
-# What a guest may have on its way to the host on one connection: what the kernel's vhost_vsock lets it have, and what
-# the agent sends in one turn. With the device's own 64 KiB a guest waits for room with every frame.
-_TX_BYTES = 256 * 1024
+# What a guest may have on its way to the host on one connection: twice what the agent sends in one turn. With the
+# device's own 64 KiB a guest waits for room with every frame.
+_TX_BYTES = 512 * 1024
 
 
 def command(binary: Path, paths: VmPaths) -> tuple[str, ...]:
