@@ -13,6 +13,7 @@ import pytest
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent import channel, frames, inward, layout, sockets
+from vmrt.hypervisor import vhost_vsock
 
 
 @pytest.fixture
@@ -154,6 +155,10 @@ def test_the_windows_fit_into_each_other() -> None:
     """A host that waits for room, and an agent that waits for more to acknowledge, must not wait for each other."""
     assert layout.STDIN_ACK + layout.STDIN_PIECE <= layout.STDIN_WINDOW
     assert layout.STDIN_PIECE <= layout.MAX_FRAME_BYTES
+    # With their headers, too: else each turn is followed by one for the rest.
+    turn = len(channel.Buffer().view)
+    assert turn >= layout.STDIN_WINDOW + layout.STDIN_WINDOW // layout.STDIN_PIECE * frames.HEADER.size
+    assert min(sockets._BUFFER_BYTES, vhost_vsock._TX_BYTES) >= turn
     # The agent reads on with all of a window in its hands.
     assert inward.BOUND > layout.STDIN_WINDOW
 
