@@ -50,7 +50,23 @@ def test_no_send_is_larger_than_one_packet_that_the_device_takes() -> None:
         ours.shutdown(socket.SHUT_WR)
         reader.join(60)
     assert b"".join(packets).endswith(frames.encode_data(pb.STDERR, data) + data)
-    assert max(map(len, packets)) == layout.VSOCK_SEND_BYTES
+    assert max(map(len, packets)) == sockets.PACKET_BYTES
+
+
+@pytest.mark.parametrize(
+    ("release", "kib"),
+    [
+        ("6.1.192-vmrt", 64),
+        ("6.1.0-37-amd64", 64),
+        ("5.10", 64),
+        ("6.3.0", 31),
+        ("6.12.118+deb13-amd64", 31),
+        ("7.0-rc1", 31),
+        ("strange", 31),
+    ],
+)
+def test_a_packet_is_as_large_as_the_guests_kernel_keeps_in_one_piece(release: str, kib: int) -> None:
+    assert sockets.packet_bytes(release) == kib * 1024
 
 
 def say_hello(to: channel.Channel, host: socket.socket) -> None:

@@ -15,7 +15,8 @@ import time
 
 from vmrt.agent import agent_pb2 as pb
 from vmrt.agent import frames, status
-from vmrt.agent.layout import MAX_FRAME_BYTES, STDIN_ACK, VSOCK_SEND_BYTES
+from vmrt.agent.layout import MAX_FRAME_BYTES, STDIN_ACK
+from vmrt.agent.sockets import PACKET_BYTES
 
 _READ = 64 * 1024
 # Sources are not read while more than this waits for the socket: the kernel's flow control is the back-pressure.
@@ -184,7 +185,7 @@ class Channel:
     def _send(self, data: memoryview) -> int:
         """Return how many octets the socket takes. Raises `Closed`."""
         try:
-            return self._connection.send(data[:VSOCK_SEND_BYTES])
+            return self._connection.send(data[:PACKET_BYTES])
         except BlockingIOError:
             return 0
         except OSError as e:

@@ -11,10 +11,6 @@ READY_PORT = 1026  # on the host
 
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 MAX_FRAME_BYTES = 65536
-# The most that the agent gives a vsock at once. Linux makes one packet of each send(2), up to 64 KiB; newer kernels
-# (seen with 6.12.118) take memory in pieces for one that does not fit into 32 KiB with what they keep about it
-# (net/vmw_vsock, virtio_vsock_alloc_skb). vhost-device-vsock 0.3.0 drops such a one: it looks in one place only.
-VSOCK_SEND_BYTES = 31 * 1024
 # Octets of a stream's stdin that may be on their way (agent.proto, StreamHello.stdin_acks), and how many of them the
 # agent acknowledges at once. Together with one piece of STDIN_PIECE they must fit: else an agent that has consumed all
 # would wait for more, and the host for an acknowledgement. A window is below what the agent holds before it stops

@@ -7,9 +7,8 @@ guest's boot. Objects of either kind work everywhere in the agent, which is how 
 from __future__ import annotations
 
 import _socket
+import os
 import select
-
-from vmrt.agent.layout import VSOCK_SEND_BYTES
 
 # linux/vm_sockets.h
 CID_ANY = 0xFFFFFFFF
@@ -18,6 +17,24 @@ _BUFFER_SIZE, _BUFFER_MAX_SIZE = 0, 2
 # What the host may have on its way on a connection. With the kernel's 256 KiB a whole window of stdin would fit but for
 # its frames' headers, and each turn of a session would be followed by one for 20 octets.
 _BUFFER_BYTES = 512 * 1024
+
+
+def packet_bytes(release: str) -> int:
+    """Return how much to give a vsock at once in a guest with this kernel (uname(2)).
+
+    Linux makes one packet of each send(2), of 64 KiB at the most. Since 6.3 a packet is a socket buffer, and newer
+    kernels (seen with 6.12.118) take memory in pieces for one that does not fit into 32 KiB with what they keep about
+    it (net/vmw_vsock, virtio_vsock_alloc_skb). vhost-device-vsock 0.3.0 drops such a one: it looks in one place only.
+    """
+    version = release.split("-", 1)[0].split(".")
+    try:
+        old = (int(version[0]), int(version[1])) < (6, 3)
+    except (ValueError, IndexError):
+        old = False
+    return (64 if old else 31) * 1024
+
+
+PACKET_BYTES = packet_bytes(os.uname().release)
 
 
 def listen_vsock(port: int, backlog: int = 1024) -> _socket.socket:
@@ -59,7 +76,7 @@ def send_all(connection: _socket.socket, data: bytes, timeout_s: float) -> None:
     poll.register(connection.fileno(), select.POLLOUT)
     while view:
         try:
-            view = view[connection.send(view[:VSOCK_SEND_BYTES], _socket.MSG_DONTWAIT) :]
+            view = view[connection.send(view[:PACKET_BYTES], _socket.MSG_DONTWAIT) :]
         except BlockingIOError:
             if not poll.poll(timeout_s * 1000):
                 raise TimeoutError(f"the peer has taken nothing for {timeout_s:g} s") from None
