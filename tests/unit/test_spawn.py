@@ -31,8 +31,11 @@ def runs(pid: int) -> bool:
 
 def children() -> list[str]:
     """The children of this process that are there, zombies too."""
-    threads = Path("/proc/self/task").iterdir()
-    return [pid for thread in threads for pid in (thread / "children").read_text().split()]
+    while True:
+        # A thread that ends meanwhile hands its children to another one: look again.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            threads = list(Path("/proc/self/task").iterdir())
+            return [pid for thread in threads for pid in (thread / "children").read_text().split()]
 
 
 async def pid_in(path: Path) -> int:
