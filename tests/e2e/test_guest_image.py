@@ -272,7 +272,7 @@ async def test_the_kernel_and_the_root_have_what_containers_need(
     controllers = set(seen.pop("cgroups").split())
     assert {"cpu", "cpuset", "io", "memory", "pids", "hugetlb"} <= controllers
     assert seen.pop("crun").startswith("1.")
-    assert seen.pop("modprobe").isdigit()
+    assert seen.pop("modprobe").replace(".", "").isdigit()
     # The probe has made three; eth0 is the VM's own.
     assert {"eth0", "lo", "my-bridge", "my-dummy", "my-veth"} <= set(seen.pop("nics"))
     assert seen == {

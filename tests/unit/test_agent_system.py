@@ -276,6 +276,12 @@ def test_what_is_no_spec_is_refused(text: bytes) -> None:
     assert caught.value.code == status.INVALID_ARGUMENT
 
 
+@pytest.mark.parametrize("words", ["exists but it is not executable", "is not a regular file"])
+def test_newer_cruns_words_for_a_wrong_command(words: str) -> None:
+    log = f'{{"msg":"the path `/etc/passwd` {words}: Operation not permitted","level":"error"}}'
+    assert crun.refusal("w", log, "/etc/passwd").code == status.INVALID_ARGUMENT
+
+
 def test_crun_log_becomes_one_line_and_tells_whose_fault_it_is() -> None:
     log = '{"msg":"executable file `x` not found in $PATH: No such file or directory","level":"error"}\nplain\n'
     error = crun.refusal("exec in container c", log)

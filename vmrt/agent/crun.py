@@ -30,7 +30,10 @@ _FILTER_ANNOTATION = "run.oci.seccomp_bpf_data"
 _CONSOLES = "/run/vmrt/tty"
 _LOG_LIMIT = 16384
 # crun's own words for a command that cannot be started (libcrun: find_executable, exec).
-_COMMAND_ERRORS = ("executable file", "open executable", "exec format error", "cannot be executed")
+_COMMAND_ERRORS = (
+    *("executable file", "open executable", "exec format error", "cannot be executed"),
+    *("but it is not executable", "` is not a regular file"),  # crun 1.21
+)
 _COMMAND_LIMIT = 256
 DEFAULT_TIMEOUT_S = 60.0
 
