@@ -89,11 +89,12 @@ def test_data_arrives_whole_and_in_order_however_little_the_socket_takes(
     with tempfile.TemporaryFile(buffering=0) as source:
         source.write(data)
         source.seek(0)
+        ours._connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
+        assert ours.relay(pb.STDOUT, source.fileno()) == channel.Buffer.FRAMES * layout.MAX_FRAME_BYTES
+        assert ours.interest() & select.POLLOUT  # the socket cannot have taken it, and nobody reads yet
+        assert ours.congested
         reader = threading.Thread(target=read)
         reader.start()
-        assert ours.relay(pb.STDOUT, source.fileno()) == channel.Buffer.FRAMES * layout.MAX_FRAME_BYTES
-        assert ours.interest() & select.POLLOUT  # the socket cannot have taken it
-        assert ours.congested
         ours.queue(frames.stdin_ack(7))  # behind the rest of it
         while ours.relay(pb.STDOUT, source.fileno()):
             pass  # a session would wait while it is congested; what comes too early must queue all the same
