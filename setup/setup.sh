@@ -72,16 +72,19 @@ stamp_matches() { [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
 
 # --- what must hold before anything is changed ------------------------------------------------------------------------
 
+codename() { sed -n 's/^VERSION_CODENAME=//p' /etc/os-release 2>/dev/null | tr -d '"'; }
+
 check_machine() {
     local id="" id_like="" version="" mib
     [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ] || die "this is $(uname -s) on $(uname -m): vmrt needs Linux on x86_64"
     if [ -r /etc/os-release ]; then
         # shellcheck source=/dev/null
-        read -r id version id_like < <(. /etc/os-release && echo "${ID:-?}" "${VERSION_CODENAME:-?}" "${ID_LIKE:-}")
+        read -r id id_like < <(. /etc/os-release && echo "${ID:-?}" "${ID_LIKE:-}")
+        version=$(codename)
     fi
     if [ "${VMRT_ANY_DISTRIBUTION:-}" != 1 ]; then
         case " $id $id_like " in
-        *" debian "*) [[ " $RELEASES " = *" $version "* ]] || die "this is $id $version: set-up knows $RELEASE_NAMES;" \
+        *" debian "*) [[ " $RELEASES " = *" $version "* ]] || die "this is $id ${version:-?}: set-up knows $RELEASE_NAMES;" \
             "use one of them (Vagrantfile), or try with VMRT_ANY_DISTRIBUTION=1" ;;
         *) die "this is ${id:-an unknown distribution}: set-up knows $RELEASE_NAMES; use one of them (Vagrantfile)," \
             "or install by hand (docs/install.md)" ;;
@@ -142,8 +145,6 @@ install_packages() {
         [ -z "$units" ] || systemctl disable $units >>"$LOG" 2>&1 || true
     fi
 }
-
-codename() { sed -n 's/^VERSION_CODENAME=//p' /etc/os-release 2>/dev/null | tr -d '"'; }
 
 # The names in setup/packages.txt that are for the release CODENAME.
 packages_of() {

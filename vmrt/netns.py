@@ -14,7 +14,6 @@ because the reference plugins read them from the interface at DEL to find the ma
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import enum
 import errno
@@ -94,27 +93,19 @@ async def in_thread(work: Callable[..., T], *args: object) -> T:
 
 def inside(netns: Path | None, work: Callable[[], T]) -> T:
     """Run `work` in the namespace at `netns` (None: a new one), in a thread that ends with it."""
-    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
 
-    def body() -> None:
-        realtime.adopt()
-        try:
-            if netns is None:
-                _call("unshare", CLONE_NEWNET)
-            else:
-                fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    _call("setns", fd, CLONE_NEWNET)
-                finally:
-                    os.close(fd)
-            outcome.set_result(work())
-        except BaseException as e:
-            outcome.set_exception(e)
+    def body() -> T:
+        if netns is None:
+            _call("unshare", CLONE_NEWNET)
+        else:
+            fd = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _call("setns", fd, CLONE_NEWNET)
+            finally:
+                os.close(fd)
+        return work()
 
-    thread = threading.Thread(target=body, name="vmrt-netns")
-    thread.start()
-    thread.join()
-    return outcome.result()
+    return realtime.in_own_thread("vmrt-netns", body)
 
 
 def create(path: Path) -> None:

@@ -18,9 +18,12 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _POLICY = os.SCHED_RR
 _PARAMETER = os.sched_param(1)
@@ -46,12 +49,16 @@ def enter() -> str:
     try:
         for thread in (threading.get_native_id(), *servers(), *_workers()):
             with contextlib.suppress(ProcessLookupError):
-                os.sched_setscheduler(thread, _POLICY | os.SCHED_RESET_ON_FORK, _PARAMETER)
+                _give(thread)
                 _threads.add(thread)
     except OSError as e:
         leave()
         return e.strerror or str(e)
     return ""
+
+
+def _give(thread: int = 0) -> None:
+    os.sched_setscheduler(thread, _POLICY | os.SCHED_RESET_ON_FORK, _PARAMETER)
 
 
 def servers() -> list[int]:
@@ -73,17 +80,37 @@ def _workers() -> list[int]:
     return [t.native_id for t in threading.enumerate() if t.name.startswith(WORKER) and t.native_id is not None]
 
 
+def in_own_thread(name: str, work: Callable[[], T]) -> T:
+    """Do short work in a thread that ends with it, as does what the work makes of its thread: another namespace, say.
+
+    It has the priority while the loop has it.
+    """
+    outcome: Future[T] = Future()
+
+    def body() -> None:
+        _adopt()
+        try:
+            outcome.set_result(work())
+        except BaseException as e:
+            outcome.set_exception(e)
+
+    thread = threading.Thread(target=body, name=name)
+    thread.start()
+    thread.join()
+    return outcome.result()
+
+
 def _join() -> None:
-    if adopt():
+    if _adopt():
         _threads.add(threading.get_native_id())
 
 
-def adopt() -> bool:
-    """Give the calling thread, made for one piece of short work, the priority if the loop has it; say if it got it."""
+def _adopt() -> bool:
+    """Give the calling thread the priority if the loop has it; say if it got it."""
     if not _threads:
         return False
     try:
-        os.sched_setscheduler(0, _POLICY | os.SCHED_RESET_ON_FORK, _PARAMETER)
+        _give()
     except OSError:
         return False
     return True
@@ -111,4 +138,4 @@ def hurried() -> Iterator[tuple[str, ...]]:
     try:
         yield ORDINARY
     finally:
-        os.sched_setscheduler(0, _POLICY | os.SCHED_RESET_ON_FORK, _PARAMETER)
+        _give()

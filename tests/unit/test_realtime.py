@@ -62,14 +62,18 @@ def test_workers_share_it_and_what_they_make_does_not() -> None:
         assert [pool.submit(policy).result() for pool in pools] == [os.SCHED_OTHER] * 3
 
 
-def test_a_thread_of_its_own_has_it_when_it_asks(entered: None) -> None:
-    seen: list[int] = []
-    thread = threading.Thread(target=lambda: seen.append(policy() if realtime.adopt() else -1))
-    thread.start()
-    thread.join()
-    assert seen == [os.SCHED_RR]
+def test_a_thread_for_one_piece_of_work_has_it_while_the_loop_has_it(entered: None) -> None:
+    def work() -> tuple[int, str]:
+        return policy(), threading.current_thread().name
+
+    assert realtime.in_own_thread("x", work) == (os.SCHED_RR, "x")
     realtime.leave()
-    assert not realtime.adopt()
+    assert realtime.in_own_thread("x", work) == (os.SCHED_OTHER, "x")
+
+
+def test_what_such_work_raises_is_raised() -> None:
+    with pytest.raises(FileNotFoundError, match="gone"):
+        realtime.in_own_thread("x", lambda: os.stat("/gone"))  # noqa: PTH116
 
 
 def test_leaving_gives_it_back(entered: None) -> None:

@@ -10,11 +10,9 @@ runs opens nothing but that and imports nothing.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import errno
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,23 +80,13 @@ class ShareNamespace:
             raise _gone() from e
 
     def _inside(self, work: Callable[[], None]) -> None:
-        outcome: concurrent.futures.Future[None] = concurrent.futures.Future()
-
         def body() -> None:
-            realtime.adopt()
-            try:
-                # A mount namespace has a root and a working directory: who enters one must not share them.
-                check(libc().unshare(_CLONE_FS), "unshare")
-                check(libc().setns(self._namespace, _CLONE_NEWNS), "setns")
-                work()
-                outcome.set_result(None)
-            except BaseException as e:
-                outcome.set_exception(e)
+            # A mount namespace has a root and a working directory: who enters one must not share them.
+            check(libc().unshare(_CLONE_FS), "unshare")
+            check(libc().setns(self._namespace, _CLONE_NEWNS), "setns")
+            work()
 
-        thread = threading.Thread(target=body, name="vmrt-share")
-        thread.start()
-        thread.join()
-        outcome.result()
+        realtime.in_own_thread("vmrt-share", body)
 
 
 @contextlib.contextmanager
